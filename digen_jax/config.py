@@ -1,0 +1,400 @@
+"""The configuration of a run: frozen records, and their checks.
+
+Config files (`configs/*.py`) start from `default_config()`, an
+`ml_collections.ConfigDict` with every field below, change what differs and
+return it; `from_config_dict` turns the result into a `Config` and checks it.
+"""
+
+import dataclasses
+import difflib
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from digen_jax.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+  """How much one global step generates: prompts x group_size samples."""
+
+  prompts: int = 8
+  group_size: int = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampling:
+  """How rollouts are sampled.
+
+  Attributes:
+    num_steps: denoising steps.
+    kernel: "flow_sde", "dance_sde" or "flow_cps".
+    noise_level: the kernel's noise level (`a` of Flow-SDE and Flow-CPS, `eta`
+      of Dance-SDE).
+    window: number of consecutive stochastic, trained steps; 0 trains every
+      step but the last.
+    window_first: the window lies within this many first steps; 0 means
+      anywhere before the last step. One start per prompt group.
+    height: image height, pixels.
+    width: image width, pixels.
+    guidance_scale: classifier-free guidance; 1 is off.
+    embedded_guidance: the guidance value fed to guidance-distilled models.
+  """
+
+  num_steps: int = 10
+  kernel: str = "flow_sde"
+  noise_level: float = 0.7
+  window: int = 0
+  window_first: int = 0
+  height: int = 32
+  width: int = 32
+  guidance_scale: float = 1.0
+  embedded_guidance: float = 3.5
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+  """The update: what is trained, and how.
+
+  Attributes:
+    learning_rate: peak learning rate of AdamW.
+    schedule: "constant" or "cosine" (to zero at the last step).
+    warmup_steps: linear warm-up, optimiser updates.
+    lora_rank: rank of the adapters; 0 trains every parameter.
+    lora_alpha: numerator of the LoRA scale alpha / rank.
+    lora_targets: regular expressions on module paths; empty means the
+      attention projections and feed-forwards of the family.
+    updates_per_batch: optimiser updates per rollout batch; the first is
+      on-policy.
+    clip_range: PPO clip of the ratio, 1 +- clip_range.
+    kl_weight: weight of the KL to the starting policy; 0 switches it off.
+    ema_decay: decay of the averaged parameters; 0 switches them off.
+    max_grad_norm: global-norm clip.
+    weight_decay: decoupled, on matrices only.
+    adam_b1: first-moment decay.
+    adam_b2: second-moment decay.
+    adam_eps: denominator constant.
+    remat: rematerialisation policy, "none", "block" or "dots".
+  """
+
+  learning_rate: float = 1e-4
+  schedule: str = "constant"
+  warmup_steps: int = 0
+  lora_rank: int = 0
+  lora_alpha: float = 16.0
+  lora_targets: tuple[str, ...] = ()
+  updates_per_batch: int = 1
+  clip_range: float = 1e-4
+  kl_weight: float = 0.0
+  ema_decay: float = 0.0
+  max_grad_norm: float = 1.0
+  weight_decay: float = 0.0
+  adam_b1: float = 0.9
+  adam_b2: float = 0.999
+  adam_eps: float = 1e-8
+  remat: str = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class Advantage:
+  """Group-relative advantages (`digen_jax.group_advantages`)."""
+
+  scope: str = "group"
+  ddof: int = 0
+  eps: float = 1e-4
+  clip: float = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Pipeline:
+  """Which techniques are on, and how large a unit of work is.
+
+  Attributes:
+    mode: "colocated" (one mesh does both in turn) or "disaggregated".
+    gap: generation-axis pipeline: a group is trained as soon as it is scored.
+    tsp: time-step parallelism: denoising steps of a sample share a pack.
+    generate_size: samples per Generate unit; 0 means one group.
+    train_size: samples per Train unit; 0 means one group.
+    timesteps_per_pack: trained steps per pack under TSP; 0 means all.
+  """
+
+  mode: str = "disaggregated"
+  gap: bool = True
+  tsp: bool = True
+  generate_size: int = 0
+  train_size: int = 0
+  timesteps_per_pack: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Mesh:
+  """Device counts, axis sizes (data, fsdp, tensor), or "auto"."""
+
+  rollout: Any = "auto"
+  trainer: Any = "auto"
+
+
+@dataclasses.dataclass(frozen=True)
+class Dtype:
+  """Compute dtype of the denoiser: "float32" or "bfloat16"."""
+
+  compute: str = "float32"
+
+
+@dataclasses.dataclass(frozen=True)
+class Eval:
+  """Evaluation on held-out prompts: fixed noise, deterministic sampler.
+
+  Attributes:
+    prompts: prompt file; empty means the training prompts.
+    num_prompts: how many of them, from the top; 0 means all.
+    num_steps: denoising steps of the sampler.
+    images: how many samples the picture grids show.
+  """
+
+  prompts: str = ""
+  num_prompts: int = 64
+  num_steps: int = 20
+  images: int = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """A run. See the sections' own records.
+
+  Attributes:
+    seed: everything random follows from it.
+    steps: global steps.
+    checkpoint: a diffusers pipeline directory.
+    prompts: training prompts, one per line.
+    rewards: reward name -> weight; a name is built in, or
+      "path/to/file.py:function".
+    eval_every: global steps between evaluations; 0 means first and last.
+    checkpoint_every: global steps between checkpoints; 0 means the last.
+    keep_checkpoints: how many checkpoints to keep.
+    devices: virtual CPU devices to create where there is no accelerator.
+    tracker: "" or "wandb" (extra `track`), beside TensorBoard.
+  """
+
+  seed: int = 0
+  steps: int = 100
+  checkpoint: str = ""
+  prompts: str = ""
+  rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  eval_every: int = 0
+  checkpoint_every: int = 50
+  keep_checkpoints: int = 2
+  devices: int = 2
+  tracker: str = ""
+  batch: Batch = Batch()
+  sampling: Sampling = Sampling()
+  train: Train = Train()
+  advantage: Advantage = Advantage()
+  pipeline: Pipeline = Pipeline()
+  mesh: Mesh = Mesh()
+  dtype: Dtype = Dtype()
+  eval: Eval = Eval()
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+  """A config record as nested dicts of plain values."""
+  return {
+    f.name: to_dict(value)
+    if dataclasses.is_dataclass(value := getattr(config, f.name))
+    else (dict(value) if isinstance(value, Mapping) else value)
+    for f in dataclasses.fields(config)
+  }
+
+
+def default_config():  # noqa: ANN201
+  """Every field of `Config` at its default, as an `ml_collections.ConfigDict`.
+
+  `rewards` is free-form; all other sections are locked, so that a typo in a
+  config file is an error.
+  """
+  import ml_collections
+
+  config = ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
+  config.lock()
+  config.rewards.unlock()
+  return config
+
+
+def from_config_dict(values: Mapping[str, Any]) -> Config:
+  """Builds and checks a `Config`.
+
+  Args:
+    values: nested mapping, e.g. a `ConfigDict`; missing fields take defaults.
+
+  Raises:
+    UserError: unknown field (names the nearest), wrong type, or a value that
+      cannot work.
+  """
+  if hasattr(values, "to_dict"):
+    values = values.to_dict()
+  config = _build(Config, values, "")
+  check(config)
+  return config
+
+
+def _build(record: type, values: Mapping[str, Any], prefix: str) -> Any:
+  hints = typing.get_type_hints(record)
+  for name in values:
+    if name not in hints:
+      raise UserError(unknown_field(prefix + name, hints, prefix))
+  fields = {}
+  for name, value in values.items():
+    where, hint = prefix + name, hints[name]
+    if dataclasses.is_dataclass(hint):
+      if not isinstance(value, Mapping):
+        raise UserError(
+          f"config.{where} is a section with fields "
+          f"{', '.join(typing.get_type_hints(hint))}; got {value!r}"
+        )
+      fields[name] = _build(hint, value, where + ".")
+    else:
+      fields[name] = _convert(where, value, hint)
+  return record(**fields)
+
+
+def unknown_field(where: str, known: Any, prefix: str = "") -> str:
+  """One line for a config field that does not exist, with the nearest."""
+  names = [prefix + name for name in known]
+  near = difflib.get_close_matches(where, names, n=1, cutoff=0.0)
+  return f"unknown config field config.{where}: did you mean config.{near[0]}?"
+
+
+def _convert(where: str, value: Any, hint: Any) -> Any:
+  """`value` as the annotated type; int -> float is the only silent change."""
+  if hint is Any:
+    return value
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    return float(value)
+  if hint == tuple[str, ...]:
+    if isinstance(value, (list, tuple)) and all(
+      isinstance(v, str) for v in value
+    ):
+      return tuple(value)
+    raise UserError(f"config.{where} takes a list of strings; got {value!r}")
+  if typing.get_origin(hint) is not None:  # Mapping[str, float]
+    return dict(_number_items(where, value))
+  if not isinstance(value, hint) or (
+    hint is not bool and isinstance(value, bool)
+  ):
+    raise UserError(
+      f"config.{where} takes a value of type {hint.__name__}; got {value!r}"
+    )
+  return value
+
+
+def _number_items(where: str, value: Any) -> list[tuple[str, float]]:
+  if not isinstance(value, Mapping):
+    raise UserError(f"config.{where} maps names to weights; got {value!r}")
+  for name, number in value.items():
+    if not isinstance(number, (int, float)) or isinstance(number, bool):
+      raise UserError(f"config.{where}.{name} must be a number; got {number!r}")
+  return [(name, float(number)) for name, number in value.items()]
+
+
+def check(config: Config) -> None:
+  """Raises UserError for values that cannot work together."""
+  batch, sampling, train = config.batch, config.sampling, config.train
+  _choice("sampling.kernel", sampling.kernel, KERNELS)
+  _choice("train.schedule", train.schedule, ("constant", "cosine"))
+  _choice("train.remat", train.remat, ("none", "block", "dots"))
+  _choice("advantage.scope", config.advantage.scope, ("group", "global"))
+  _choice("dtype.compute", config.dtype.compute, ("float32", "bfloat16"))
+  _choice(
+    "pipeline.mode", config.pipeline.mode, ("colocated", "disaggregated")
+  )
+  _choice("tracker", config.tracker, ("", "wandb"))
+  for where, value, least in (
+    ("steps", config.steps, 1),
+    ("devices", config.devices, 1),
+    ("eval_every", config.eval_every, 0),
+    ("checkpoint_every", config.checkpoint_every, 0),
+    ("keep_checkpoints", config.keep_checkpoints, 1),
+    ("batch.prompts", batch.prompts, 1),
+    ("sampling.num_steps", sampling.num_steps, 2),
+    ("train.updates_per_batch", train.updates_per_batch, 1),
+    ("train.lora_rank", train.lora_rank, 0),
+    ("train.warmup_steps", train.warmup_steps, 0),
+    ("eval.num_steps", config.eval.num_steps, 1),
+    ("eval.num_prompts", config.eval.num_prompts, 0),
+    ("eval.images", config.eval.images, 1),
+    ("pipeline.timesteps_per_pack", config.pipeline.timesteps_per_pack, 0),
+  ):
+    if value < least:
+      raise UserError(f"config.{where} must be at least {least}; got {value}")
+  for where, value in (
+    ("sampling.noise_level", sampling.noise_level),
+    ("train.learning_rate", train.learning_rate),
+    ("train.clip_range", train.clip_range),
+    ("train.max_grad_norm", train.max_grad_norm),
+    ("train.lora_alpha", train.lora_alpha),
+    ("advantage.clip", config.advantage.clip),
+  ):
+    if not value > 0:
+      raise UserError(f"config.{where} must be positive; got {value}")
+  if not 0.0 <= train.ema_decay < 1.0:
+    raise UserError(
+      f"config.train.ema_decay must be in [0, 1); got {train.ema_decay}"
+    )
+  if batch.group_size < 2:
+    raise UserError(
+      "config.batch.group_size must be at least 2: advantages compare the "
+      f"samples of one prompt; got {batch.group_size}"
+    )
+  if batch.prompts % train.updates_per_batch:
+    raise UserError(
+      f"config.train.updates_per_batch={train.updates_per_batch} does not "
+      f"divide config.batch.prompts={batch.prompts}: every update takes the "
+      "same number of whole groups"
+    )
+  if not config.rewards:
+    raise UserError(
+      "config.rewards is empty: give at least one, e.g. "
+      "config.rewards = {'shapes': 1.0}"
+    )
+  _check_window(sampling)
+  _check_sizes(config)
+
+
+KERNELS = ("flow_sde", "dance_sde", "flow_cps")
+
+
+def _check_window(sampling: Sampling) -> None:
+  last = sampling.num_steps - 1  # the last step is never trained
+  first = sampling.window_first or last
+  if first > last or sampling.window > first or sampling.window < 0:
+    raise UserError(
+      f"config.sampling.window={sampling.window} within the first "
+      f"window_first={sampling.window_first} of num_steps="
+      f"{sampling.num_steps} steps does not fit: it needs window <= "
+      f"window_first <= {last} (the last step is never trained)"
+    )
+
+
+def _check_sizes(config: Config) -> None:
+  samples = config.batch.prompts * config.batch.group_size
+  per_update = samples // config.train.updates_per_batch
+  size = config.batch.group_size
+  for name, total in (("generate_size", samples), ("train_size", per_update)):
+    value = getattr(config.pipeline, name)
+    fits = value >= 0 and (
+      value == 0
+      or (value <= size and size % value == 0)
+      or (value % size == 0 and total % value == 0)
+    )
+    if not fits:
+      raise UserError(
+        f"config.pipeline.{name}={value} must divide the group size {size}, "
+        f"or be a multiple of it that divides the {total} samples of "
+        f"{'a step' if name == 'generate_size' else 'an update'}"
+      )
+
+
+def _choice(where: str, value: str, choices: tuple[str, ...]) -> None:
+  if value not in choices:
+    shown = ", ".join(repr(c) for c in choices)
+    raise UserError(f"config.{where} must be one of {shown}; got {value!r}")

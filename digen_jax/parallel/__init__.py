@@ -1,0 +1,1 @@
+"""Meshes, sharding rules and resharding. Knows nothing about RL."""

@@ -1,0 +1,143 @@
+"""Mesh construction: one mesh for both roles, or one for each.
+
+Every mesh has the axes `data` (batch), `fsdp` (batch, and parameters split
+over it) and `tensor` (heads and MLP split over it). The sizes are chosen per
+role: generation and training need not be laid out alike.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from digen_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_AXES = ("data", "fsdp")
+
+
+def make_meshes(
+  mode: str,
+  rollout: Any,
+  trainer: Any,
+  devices: Sequence[jax.Device] | None = None,
+) -> dict[str, Mesh]:
+  """The meshes of a run, by lane name.
+
+  Args:
+    mode: "disaggregated" gives disjoint meshes `{"rollout": …, "trainer": …}`;
+      "colocated" gives `{"colocated": …}` over the devices of both.
+    rollout: device count, axis sizes (`{"data": 2, "tensor": 2}`), or "auto":
+      what the trainer leaves, half of all devices when both are "auto".
+    trainer: likewise. A count means `data` for the rollout and `fsdp` for the
+      trainer.
+    devices: defaults to all devices.
+
+  Raises:
+    UserError: sizes that are not positive integers or exceed what is there.
+  """
+  devices = list(jax.devices() if devices is None else devices)
+  sizes = _axis_sizes(rollout, trainer, mode, len(devices))
+  needed = sum(math.prod(axes.values()) for axes in sizes.values())
+  if needed > len(devices):
+    asked = " + ".join(
+      f"{math.prod(axes.values())} ({name})" for name, axes in sizes.items()
+    )
+    raise UserError(
+      f"config.mesh asks for {asked} devices, but there are {len(devices)}: "
+      "lower config.mesh.rollout or config.mesh.trainer, or raise "
+      "config.devices where there is no accelerator"
+    )
+  meshes, taken = {}, 0
+  for name, axes in sizes.items():
+    count = math.prod(axes.values())
+    meshes[name] = make_mesh(axes, devices[taken : taken + count])
+    taken += count
+  return meshes
+
+
+def make_mesh(axes: Mapping[str, int], devices: Sequence[jax.Device]) -> Mesh:
+  """A mesh with all of `AXES`; those that are not given have size 1."""
+  shape = tuple(axes.get(name, 1) for name in AXES)
+  return Mesh(
+    np.asarray(devices).reshape(shape),
+    AXES,
+    axis_types=(AxisType.Auto,) * len(AXES),
+  )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Leading axis over `data` and `fsdp`."""
+  return NamedSharding(mesh, PartitionSpec(BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same value on every device of the mesh."""
+  return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_shards(mesh: Mesh) -> int:
+  """Into how many parts the mesh splits a batch."""
+  return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def padded_size(size: int, mesh: Mesh) -> int:
+  """`size` rounded up to what the mesh splits evenly."""
+  shards = batch_shards(mesh)
+  return -(-size // shards) * shards
+
+
+def _axis_sizes(
+  rollout: Any, trainer: Any, mode: str, available: int
+) -> dict[str, dict[str, int]]:
+  sizes = {
+    "rollout": _parse("rollout", rollout, "data"),
+    "trainer": _parse("trainer", trainer, "fsdp"),
+  }
+  auto = [name for name, axes in sizes.items() if axes is None]
+  used = sum(math.prod(a.values()) for a in sizes.values() if a is not None)
+  for i, name in enumerate(auto):
+    share = (available - used) // (len(auto) - i)
+    if share < 1 and mode == "disaggregated":
+      raise UserError(
+        f"config.mesh.{name}='auto' is left without a device: {available} "
+        "there, and disaggregated mode needs at least one for each role; use "
+        "config.pipeline.mode='colocated' or raise config.devices"
+      )
+    sizes[name] = {("data" if name == "rollout" else "fsdp"): share}
+    used += share
+  if mode == "disaggregated":
+    return sizes
+  total = sum(math.prod(axes.values()) for axes in sizes.values())
+  tensor = sizes["trainer"].get("tensor", 1)
+  if total % tensor:
+    raise UserError(
+      f"colocated mode puts the devices of both roles, {total}, on one mesh, "
+      f"which config.mesh.trainer's tensor={tensor} does not divide"
+    )
+  return {"colocated": {"fsdp": total // tensor, "tensor": tensor}}
+
+
+def _parse(role: str, value: Any, axis: str) -> dict[str, int] | None:
+  if value == "auto":
+    return None
+  axes = {axis: value} if isinstance(value, int) else value
+  if not isinstance(axes, Mapping) or not axes:
+    raise UserError(
+      f"config.mesh.{role} takes a device count, axis sizes such as "
+      f"{{'data': 2, 'tensor': 2}}, or 'auto'; got {value!r}"
+    )
+  for name, size in axes.items():
+    if name not in AXES:
+      raise UserError(
+        f"config.mesh.{role} has no axis {name!r}: use {', '.join(AXES)}"
+      )
+    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
+      raise UserError(
+        f"config.mesh.{role}: the size of {name!r} must be a positive "
+        f"integer; got {size!r}"
+      )
+  return dict(axes)

@@ -1,0 +1,94 @@
+"""Logical-axis rules -> `NamedSharding` of every parameter.
+
+Parameters carry logical axis names (`("embed", "mlp")`); a table of rules
+says which mesh axis may split which of them. Generation and training have a
+table each: the same model, two layouts.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from digen_jax.errors import UserError
+
+# (logical axis, mesh axis), the first that applies wins. `tensor` splits what
+# attention heads and MLP units own; a size it does not divide is an error.
+# `fsdp` splits storage only, so a size it does not divide is passed over.
+Rules = Sequence[tuple[str, str]]
+
+TENSOR: Rules = (("heads", "tensor"), ("mlp", "tensor"))
+FSDP: Rules = (
+  ("embed", "fsdp"),
+  ("modulation", "fsdp"),
+  ("mlp", "fsdp"),
+  ("heads", "fsdp"),
+  ("text", "fsdp"),
+  ("time", "fsdp"),
+)
+ROLLOUT: Rules = TENSOR
+TRAINER: Rules = (*TENSOR, *FSDP)
+
+
+def param_shardings(
+  mesh: Mesh, logical_axes: Any, shapes: Any, rules: Rules
+) -> Any:
+  """A `NamedSharding` for every parameter.
+
+  Args:
+    mesh: a mesh with the axes of `digen_jax.parallel.mesh.AXES`.
+    logical_axes: pytree of tuples of names (or None), one per array dimension.
+    shapes: matching pytree of arrays or `jax.ShapeDtypeStruct`s.
+    rules: the layout.
+
+  Raises:
+    UserError: a dimension that the `tensor` axis does not divide.
+  """
+  return jax.tree.map_with_path(
+    lambda path, leaf, axes: NamedSharding(
+      mesh, _spec(jax.tree_util.keystr(path), mesh, axes, leaf.shape, rules)
+    ),
+    shapes,
+    logical_axes,
+  )
+
+
+def _spec(
+  path: str,
+  mesh: Mesh,
+  axes: tuple[str | None, ...],
+  shape: tuple[int, ...],
+  rules: Rules,
+) -> PartitionSpec:
+  if len(axes) != len(shape):
+    raise ValueError(f"{path}: logical axes {axes} for shape {shape}")
+  spec: list[str | None] = [None] * len(shape)
+  for logical, mesh_axis in rules:
+    size = mesh.shape[mesh_axis]
+    if size == 1 or mesh_axis in spec or logical not in axes:
+      continue
+    dim = axes.index(logical)
+    if spec[dim] is not None:
+      continue
+    if shape[dim] % size:
+      if mesh_axis == "tensor":
+        raise UserError(
+          f"the tensor axis of the mesh, {size}, does not divide the "
+          f"{logical!r} dimension {shape[dim]} of {path}: choose a divisor of "
+          "it in config.mesh"
+        )
+      continue
+    spec[dim] = mesh_axis
+  return PartitionSpec(*spec)
+
+
+def gathered(shardings: Any) -> Any:
+  """The same layout with `fsdp` undone: what a forward pass computes with."""
+  return jax.tree.map(
+    lambda s: NamedSharding(
+      s.mesh,
+      PartitionSpec(*(None if axis == "fsdp" else axis for axis in s.spec)),
+    ),
+    shardings,
+  )

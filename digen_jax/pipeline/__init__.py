@@ -1,0 +1,1 @@
+"""The engine: units of work, a pure scheduler, and its two drivers."""
