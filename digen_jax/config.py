@@ -304,9 +304,7 @@ def check(config: Config) -> None:
   _choice("train.remat", train.remat, ("none", "block", "dots"))
   _choice("advantage.scope", config.advantage.scope, ("group", "global"))
   _choice("dtype.compute", config.dtype.compute, ("float32", "bfloat16"))
-  _choice(
-    "pipeline.mode", config.pipeline.mode, ("colocated", "disaggregated")
-  )
+  _choice("pipeline.mode", config.pipeline.mode, ("colocated", "disaggregated"))
   _choice("tracker", config.tracker, ("", "wandb"))
   for where, value, least in (
     ("steps", config.steps, 1),

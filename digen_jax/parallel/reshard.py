@@ -61,5 +61,7 @@ def _leaf_checksum(leaf: jax.Array) -> jax.Array:
     # An odd multiplier per axis: invertible modulo 2**32.
     weights = weights * jnp.uint32(2654435761) + position
   if leaf.ndim:
-    weights = jnp.broadcast_to(weights * jnp.uint32(2) + jnp.uint32(1), bits.shape)
+    weights = jnp.broadcast_to(
+      weights * jnp.uint32(2) + jnp.uint32(1), bits.shape
+    )
   return jnp.sum(bits * weights, dtype=jnp.uint32)

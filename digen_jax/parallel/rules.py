@@ -81,14 +81,3 @@ def _spec(
       continue
     spec[dim] = mesh_axis
   return PartitionSpec(*spec)
-
-
-def gathered(shardings: Any) -> Any:
-  """The same layout with `fsdp` undone: what a forward pass computes with."""
-  return jax.tree.map(
-    lambda s: NamedSharding(
-      s.mesh,
-      PartitionSpec(*(None if axis == "fsdp" else axis for axis in s.spec)),
-    ),
-    shardings,
-  )

@@ -22,9 +22,9 @@ class Costs:
   def observe(self, lane: str, unit: Unit, seconds: float) -> None:
     """Records one execution."""
     sizes = self._seen.setdefault((unit.kind, lane), {})
-    sizes.setdefault(
-      unit.size, collections.deque(maxlen=WINDOW)
-    ).append(seconds)
+    sizes.setdefault(unit.size, collections.deque(maxlen=WINDOW)).append(
+      seconds
+    )
 
   def __call__(self, lane: str, unit: Unit) -> float:
     """Expected seconds of `unit` on `lane`."""

@@ -1,0 +1,1 @@
+"""Prompt sets, tokenizers and the procedural scenes of the embedded task."""

@@ -1,0 +1,123 @@
+"""Denoisers: one file per family, and the registry that names them.
+
+A family is looked up by the class name in a checkpoint's `config.json`.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from flax import nnx
+
+from digen_jax.errors import UserError
+from digen_jax.models import config as config_lib
+from digen_jax.models import flux, layers
+from digen_jax.models.layers import Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+  """What a model family is made of.
+
+  Attributes:
+    class_name: diffusers' name of the transformer class.
+    pipeline_name: diffusers' name of the pipeline class.
+    config: record type of the sizes.
+    module: `module(config, rngs=...)`, the definition.
+    apply: `apply(graphdef, params, latents, sigma, conditioning)`.
+  """
+
+  class_name: str
+  pipeline_name: str
+  config: type
+  module: Callable[..., nnx.Module]
+  apply: Callable[..., jax.Array]
+
+  def parse_config(self, raw: Mapping[str, Any], **compute: Any) -> Any:
+    """`config.json` content -> config record; raises UserError."""
+    return config_lib.from_dict(
+      self.config, raw, class_name=self.class_name, **compute
+    )
+
+
+FAMILIES = {
+  family.class_name: family
+  for family in (
+    Family(
+      "FluxTransformer2DModel",
+      "FluxPipeline",
+      flux.FluxConfig,
+      flux.FluxTransformer,
+      flux.flux_apply,
+    ),
+  )
+}
+
+
+def find_family(class_name: str) -> Family:
+  """The family of a diffusers transformer class; UserError if unknown."""
+  if class_name not in FAMILIES:
+    raise UserError(
+      f"{class_name!r} is not a supported transformer; supported: "
+      f"{', '.join(sorted(FAMILIES))}"
+    )
+  return FAMILIES[class_name]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Model:
+  """A denoiser: static definition, parameters, and how to apply it.
+
+  Attributes:
+    family: its entry in `FAMILIES`.
+    config: the family's config record.
+    graphdef: static definition of the module.
+    params: nested dict of arrays; repeated blocks have a leading layer axis.
+    logical_axes: nested like `params`; tuples of dimension names.
+  """
+
+  family: Family
+  config: Any
+  graphdef: nnx.GraphDef
+  params: Params
+  logical_axes: Params
+
+  @property
+  def apply(self) -> layers.Bound:
+    """`apply(params, latents, sigma, conditioning)` -> velocity.
+
+    A pure function of its arguments; it holds no parameters, and those of
+    equal models are equal, so it may be a static argument of `jax.jit`.
+    """
+    return layers.Bound(self.family.apply, self.graphdef)
+
+
+def create_model(config: Any, key: jax.Array) -> Model:
+  """A freshly initialised model, float32 parameters.
+
+  Like DiT (Peebles & Xie 2022) a fresh model has zero modulations and a zero
+  output layer: its velocity is 0 until it is trained.
+
+  Args:
+    config: a config record of one of the families.
+    key: typed PRNG key.
+  """
+  for family in FAMILIES.values():
+    if isinstance(config, family.config):
+      break
+  else:
+    raise UserError(f"{type(config).__name__} is no config of a known family")
+  abstract = abstract_model(family, config)
+
+  def init(key: jax.Array) -> Params:
+    return layers.split(family.module(config, rngs=nnx.Rngs(key)))[1]
+
+  return dataclasses.replace(abstract, params=jax.jit(init)(key))
+
+
+def abstract_model(family: Family, config: Any) -> Model:
+  """A model whose params are `jax.ShapeDtypeStruct`, nothing allocated."""
+  module = nnx.eval_shape(lambda: family.module(config, rngs=nnx.Rngs(0)))
+  graphdef, params = layers.split(module)
+  return Model(family, config, graphdef, params, layers.logical_axes(module))

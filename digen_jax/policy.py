@@ -1,0 +1,256 @@
+"""The pure functions that units run, compiled for the mesh of their lane.
+
+Each takes every array it reads as an argument (nothing is baked into a
+compiled program but schedules) and leaves placement to the shardings it is
+given. `Recipe` holds what is static in a run.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from digen_jax.grpo.train_step import join, train_step
+from digen_jax.optimizer import ema_update
+from digen_jax.sampling.denoise import Apply
+from digen_jax.sampling.kernels import Kernel, make_kernel
+from digen_jax.sampling.rollout import initial_latents, rollout, sample_ode
+from digen_jax.types import Conditioning, Guidance, TrainBatch, Trajectory
+
+EVAL_STREAM = 0x7FFFFFFF  # a step number that training never reaches
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+  """What is fixed when a run is compiled.
+
+  Attributes:
+    apply: `apply(params, latents, sigma, conditioning) -> velocity`.
+    decode: `(decoder params, latents [B, ...]) -> [B, H, W, 3]` in [0, 1].
+    sigmas: [num_steps + 1] float32 schedule of rollouts.
+    eval_sigmas: the schedule of the deterministic sampler.
+    kernel_name: transition of the trained steps.
+    noise_level: its noise level.
+    window: number of trained steps.
+    latent_shape: of one sample.
+    guidance_scale: classifier-free guidance; 1 is off.
+    clip_range: PPO clip.
+    kl_weight: weight of the KL to the reference; 0 leaves it out.
+    rows_per_update: trained transitions of one optimiser update.
+    ema_decay: of the averaged parameters; 0 leaves them out.
+  """
+
+  apply: Apply
+  decode: Callable[[Any, jax.Array], jax.Array]
+  sigmas: np.ndarray
+  eval_sigmas: np.ndarray
+  kernel_name: str
+  noise_level: float
+  window: int
+  latent_shape: tuple[int, ...]
+  guidance_scale: float
+  clip_range: float
+  kl_weight: float
+  rows_per_update: int
+  ema_decay: float
+
+  @property
+  def kernel(self) -> Kernel:
+    """The transition with its options bound."""
+    return make_kernel(
+      self.kernel_name,
+      noise_level=self.noise_level,
+      sigma_max=float(self.sigmas[1]),
+    )
+
+
+def generate(
+  recipe: Recipe,
+  trainable: Any,
+  frozen: Any,
+  decoder: Any,
+  prompts: Conditioning,
+  negative: Conditioning | None,
+  rows: jax.Array,
+  start: jax.Array,
+  numbers: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+) -> tuple[Trajectory, jax.Array]:
+  """Samples trajectories and decodes them.
+
+  Args:
+    recipe: the run.
+    trainable: parameters being trained.
+    frozen: the others.
+    decoder: autoencoder parameters.
+    prompts: [G, ...] conditioning of the prompts in this unit.
+    negative: [1, ...] conditioning of the negative prompt, with guidance.
+    rows: [B] int32, which prompt each sample belongs to.
+    start: [B] int32 first trained step of each sample.
+    numbers: seed [], global step [], group [B] and member [B] of each sample:
+      all that its noise depends on.
+
+  Returns:
+    The trajectories, and [B, H, W, 3] uint8 images.
+  """
+  keys = _sample_keys(*numbers)
+  trajectory = rollout(
+    recipe.apply,
+    join(trainable, frozen),
+    initial_latents(keys, (keys.shape[0], *recipe.latent_shape)),
+    jax.tree.map(lambda x: x[rows], prompts),
+    recipe.sigmas,
+    key=keys,
+    kernel=recipe.kernel,
+    window=(start, recipe.window),
+    guidance=_guidance(recipe, negative, rows.shape[0]),
+  )
+  return trajectory, _images(recipe, decoder, trajectory.final)
+
+
+def sample(
+  recipe: Recipe,
+  trainable: Any,
+  frozen: Any,
+  decoder: Any,
+  prompts: Conditioning,
+  negative: Conditioning | None,
+  seed: jax.Array,
+  index: jax.Array,
+) -> jax.Array:
+  """Deterministic samples for evaluation: fixed noise, Euler steps.
+
+  Args:
+    recipe: the run.
+    trainable: parameters being trained.
+    frozen: the others.
+    decoder: autoencoder parameters.
+    prompts: [B, ...] conditioning.
+    negative: [1, ...] conditioning of the negative prompt, with guidance.
+    seed: [] uint32.
+    index: [B] int32 number of each sample: its noise depends on that and the
+      seed alone.
+
+  Returns:
+    [B, H, W, 3] uint8 images.
+  """
+  keys = _sample_keys(
+    seed, jnp.uint32(EVAL_STREAM), index, jnp.zeros_like(index)
+  )
+  latents = sample_ode(
+    recipe.apply,
+    join(trainable, frozen),
+    initial_latents(keys, (index.shape[0], *recipe.latent_shape)),
+    prompts,
+    recipe.eval_sigmas,
+    guidance=_guidance(recipe, negative, index.shape[0]),
+  )
+  return _images(recipe, decoder, latents)
+
+
+def gradients(
+  recipe: Recipe,
+  gather: Callable[[Any], Any],
+  trainable: Any,
+  frozen: Any,
+  reference: Any,
+  batch: TrainBatch,
+  rows: jax.Array,
+  prompts: Conditioning,
+  negative: Conditioning | None,
+) -> tuple[Any, dict[str, jax.Array]]:
+  """Summed gradient and metrics of a pack of transitions.
+
+  Args:
+    recipe: the run.
+    gather: undoes the `fsdp` split of parameters, so that every device
+      computes its rows with whole matrices, as the rollout does.
+    trainable: parameters being trained.
+    frozen: the others.
+    reference: trainable parameters of the reference policy; None when
+      `kl_weight` is 0.
+    batch: [N, ...] rows; their conditioning is put together here.
+    rows: [N] int32, which prompt each row belongs to.
+    prompts: [G, ...] conditioning of the prompts in this pack.
+    negative: [1, ...] conditioning of the negative prompt, with guidance.
+
+  Returns:
+    The gradient, to be summed over the packs of an update, and summed metrics.
+  """
+  frozen = gather(frozen)
+  batch = dataclasses.replace(
+    batch,
+    conditioning=jax.tree.map(lambda x: x[rows], prompts),
+    guidance=_guidance(recipe, negative, rows.shape[0]),
+  )
+  return train_step(
+    recipe.apply,
+    gather(trainable),
+    batch,
+    kernel=recipe.kernel,
+    clip_range=recipe.clip_range,
+    normalizer=recipe.rows_per_update,
+    advantage_clip=None,  # group_advantages has clipped them
+    frozen=frozen,
+    kl_weight=recipe.kl_weight,
+    reference=join(gather(reference), frozen) if recipe.kl_weight else None,
+  )
+
+
+def update(
+  recipe: Recipe,
+  optimizer: optax.GradientTransformation,
+  state: dict[str, Any],
+  gradient: Any,
+) -> tuple[dict[str, Any], dict[str, jax.Array]]:
+  """One optimiser update.
+
+  Args:
+    recipe: the run.
+    optimizer: from `make_optimizer`.
+    state: {"trainable", "optimizer", "ema"}; `ema` is None without averaging.
+    gradient: accumulated over the whole update.
+
+  Returns:
+    The new state and {"grad_norm"}, before clipping.
+  """
+  updates, optimizer_state = optimizer.update(
+    gradient, state["optimizer"], state["trainable"]
+  )
+  trainable = optax.apply_updates(state["trainable"], updates)
+  ema = state["ema"]
+  if recipe.ema_decay:
+    ema = ema_update(ema, trainable, recipe.ema_decay)
+  new = {"trainable": trainable, "optimizer": optimizer_state, "ema": ema}
+  return new, {"grad_norm": optax.global_norm(gradient)}
+
+
+def _sample_keys(
+  seed: jax.Array, step: jax.Array, group: jax.Array, member: jax.Array
+) -> jax.Array:
+  """One key per sample, from who it is and not from who makes it."""
+  key = jax.random.fold_in(jax.random.key(seed), step)
+
+  def one(group: jax.Array, member: jax.Array) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(key, group), member)
+
+  return jax.vmap(one)(group, member)
+
+
+def _guidance(
+  recipe: Recipe, negative: Conditioning | None, rows: int
+) -> Guidance | None:
+  if negative is None:
+    return None
+  return Guidance(
+    jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), negative),
+    jnp.float32(recipe.guidance_scale),
+  )
+
+
+def _images(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:
+  images = recipe.decode(decoder, latents)
+  return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)

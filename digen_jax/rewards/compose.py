@@ -1,0 +1,67 @@
+"""Weighted sums of rewards."""
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping
+
+import numpy as np
+
+from digen_jax.errors import UserError
+from digen_jax.rewards.protocol import Reward, resolve_reward, score
+
+
+@dataclasses.dataclass(frozen=True)
+class Scores:
+  """What a composed reward says of N samples.
+
+  Attributes:
+    total: [N] float32, the weighted sum.
+    parts: name of each reward -> [N] float32, unweighted.
+  """
+
+  total: np.ndarray
+  parts: dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Composite:
+  """Rewards and their weights, in a fixed order."""
+
+  rewards: tuple[Reward, ...]
+  weights: tuple[float, ...]
+
+  def score(self, images: np.ndarray, prompts: list[str]) -> Scores:
+    """Scores N images; arguments and errors as in `protocol.score`."""
+    parts = {r.name: score(r, images, prompts) for r in self.rewards}
+    total = np.zeros(len(prompts), np.float32)
+    for weight, values in zip(self.weights, parts.values()):
+      total += np.float32(weight) * values
+    return Scores(total, parts)
+
+
+def compose(
+  rewards: str | Callable | Reward | Mapping[str, float],
+) -> Composite:
+  """One reward, or several as {spec: weight}, ready to score.
+
+  Raises:
+    UserError: no reward, a spec that `resolve_reward` refuses, two of the
+      same name, or a weight that is not a finite number other than 0.
+  """
+  if not isinstance(rewards, Mapping):
+    return Composite((resolve_reward(rewards),), (1.0,))
+  if not rewards:
+    raise UserError('no reward given: name at least one, e.g. {"shapes": 1.0}')
+  for spec, weight in rewards.items():
+    number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+    if not number or not math.isfinite(weight) or weight == 0:
+      raise UserError(
+        f'reward "{spec}" has weight {weight!r}: give a finite number other '
+        "than 0, or leave the reward out"
+      )
+  resolved = tuple(resolve_reward(spec) for spec in rewards)
+  names = [reward.name for reward in resolved]
+  for name in names:
+    if names.count(name) > 1:
+      raise UserError(f'reward "{name}" is given twice: add up its weights')
+  return Composite(resolved, tuple(float(w) for w in rewards.values()))

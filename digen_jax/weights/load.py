@@ -1,0 +1,267 @@
+"""Diffusers directories -> models with (sharded) parameters.
+
+Each leaf is read straight into its final stacked, transposed, cast form: no
+second copy of the checkpoint is ever held, and with a mesh each device's part
+is read alone.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from digen_jax.errors import UserError
+from digen_jax.models import Model, abstract_model, find_family, vae
+from digen_jax.models.layers import Params
+from digen_jax.models.vae import autoencoder_kl
+from digen_jax.weights import names, safetensors
+from digen_jax.weights.names import Entry, NameMap
+from digen_jax.weights.safetensors import Tensor
+
+
+def load_model(
+  path: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  param_dtype: DTypeLike | None = None,
+  remat: str = "none",
+  mesh: jax.sharding.Mesh | None = None,
+  rules: Any = None,
+) -> Model:
+  """Loads a denoiser from a diffusers directory.
+
+  Args:
+    path: a transformer's directory, or a pipeline's (its `transformer`).
+    dtype: compute dtype; None means float32.
+    param_dtype: of the parameters; None means `dtype`. Float32 parameters
+      with bfloat16 compute are what training wants.
+    remat: what a backward pass recomputes, see `layers.scan_blocks`.
+    mesh: where to place the parameters; None means the default device.
+    rules: layout on the mesh, see `parallel/rules.py`; None means its
+      `ROLLOUT`.
+
+  Raises:
+    UserError: not such a directory, an unsupported class, or a checkpoint
+      that does not match it (named tensor and file).
+  """
+  directory = module_directory(path, "transformer")
+  raw = read_json(directory / "config.json")
+  family = find_family(raw.get("_class_name", ""))
+  dtype = jnp.dtype(dtype or jnp.float32)
+  config = family.parse_config(raw, dtype=dtype, remat=remat)
+  model = abstract_model(family, config)
+  params = read_params(
+    directory,
+    model.params,
+    names.NAME_MAPS[family.class_name],
+    dtype=param_dtype or dtype,
+    shardings=_shardings(model, mesh, rules),
+  )
+  return dataclasses.replace(model, params=params)
+
+
+def load_autoencoder(
+  path: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> vae.Autoencoder:
+  """Loads an autoencoder from its directory, or from a pipeline's `vae`.
+
+  Args:
+    path: of the module or the pipeline.
+    dtype: compute and parameter dtype; None means float32.
+    mesh: where to replicate the parameters; None means the default device.
+
+  Raises:
+    UserError: as `load_model`.
+  """
+  directory = module_directory(path, "vae")
+  raw = read_json(directory / "config.json")
+  if raw.get("_class_name") != "AutoencoderKL":
+    raise UserError(
+      f"{directory} holds a {raw.get('_class_name')!r}; the only supported "
+      "autoencoder is AutoencoderKL"
+    )
+  dtype = jnp.dtype(dtype or jnp.float32)
+  config = autoencoder_kl.parse_config(raw, dtype=dtype)
+  model = vae.abstract_autoencoder(config)
+  params = read_params(
+    directory,
+    model.params,
+    names.AUTOENCODER_KL,
+    dtype=dtype,
+    shardings=_shardings(model, mesh, None),
+  )
+  return dataclasses.replace(model, params=params)
+
+
+def read_params(
+  directory: str | Path,
+  abstract: Params,
+  name_map: NameMap,
+  *,
+  dtype: DTypeLike = jnp.float32,
+  shardings: Params | None = None,
+) -> Params:
+  """Reads a module's parameters.
+
+  Args:
+    directory: holds the safetensors files.
+    abstract: nested dict of `jax.ShapeDtypeStruct`s, what is expected.
+    name_map: how the files name it.
+    dtype: to cast to.
+    shardings: nested like `abstract`; None means the default device.
+
+  Returns:
+    Arrays nested like `abstract`.
+
+  Raises:
+    UserError: files missing or damaged, or a tensor that is missing,
+      unexpected or of another shape.
+  """
+  directory = Path(directory)
+  tensors = safetensors.list_tensors(directory)
+  found = _match(directory, abstract, name_map, tensors)
+  params: Params = {}
+  for entry, parts in found:
+    sharding = _at(shardings, entry.path) if shardings is not None else None
+    array = _read(entry, parts, np.dtype(dtype), sharding)
+    node = params
+    for key in entry.path[:-1]:
+      node = node.setdefault(key, {})
+    node[entry.path[-1]] = array
+  return params
+
+
+def module_directory(path: str | Path, component: str) -> Path:
+  """`path` itself if it is a module, or its `component` if a pipeline."""
+  path = Path(path)
+  if not path.is_dir():
+    raise UserError(f"checkpoint directory {path} does not exist")
+  if (path / "model_index.json").exists():
+    path = path / component
+  if not (path / "config.json").exists():
+    raise UserError(
+      f"{path} has no config.json: give a diffusers module directory, or a "
+      f"pipeline directory (with model_index.json and {component}/)"
+    )
+  return path
+
+
+def read_json(file: Path) -> dict[str, Any]:
+  """A JSON object from a file; UserError if it is not one."""
+  try:
+    content = json.loads(file.read_text())
+  except FileNotFoundError as error:
+    raise UserError(f"{file} does not exist") from error
+  except ValueError as error:
+    raise UserError(f"{file} is not valid JSON: {error}") from error
+  if not isinstance(content, dict):
+    raise UserError(f"{file} does not hold a JSON object")
+  return content
+
+
+def _match(
+  directory: Path,
+  abstract: Params,
+  name_map: NameMap,
+  tensors: Mapping[str, Tensor],
+) -> list[tuple[Entry, list[Tensor]]]:
+  """Accounts for every tensor, on both sides, before anything is read."""
+  problems, matched, used = [], [], set()
+  for entry in names.entries(abstract, name_map):
+    parts = []
+    for name in entry.names:
+      if name not in tensors and (old := names.old_name(name, name_map)):
+        name = old if old in tensors else name
+      if name not in tensors:
+        problems.append(
+          f"tensor {name!r} {list(entry.tensor_shape)} is missing from "
+          f"{directory}"
+        )
+        continue
+      tensor = tensors[name]
+      used.add(name)
+      parts.append(tensor)
+      if tensor.shape != entry.tensor_shape:
+        problems.append(
+          f"tensor {name!r} in {tensor.file} is {list(tensor.shape)}, "
+          f"config.json wants {list(entry.tensor_shape)}"
+        )
+    matched.append((entry, parts))
+  problems += [
+    f"tensor {name!r} {list(tensor.shape)} in {tensor.file} is not part of "
+    "the model"
+    for name, tensor in tensors.items()
+    if name not in used
+    and not any(re.fullmatch(pattern, name) for pattern in name_map.ignored)
+  ]
+  if problems:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    raise UserError(
+      f"{problems[0]}{more}; the weights and config.json of {directory} do "
+      "not belong together: copy both from the same checkpoint"
+    )
+  return matched
+
+
+def _read(
+  entry: Entry,
+  parts: list[Tensor],
+  dtype: np.dtype,
+  sharding: jax.sharding.Sharding | None,
+) -> jax.Array:
+  """One leaf of our tree, on its devices."""
+  blocks: dict[str, np.ndarray] = {}
+
+  def block(index: tuple[slice, ...]) -> np.ndarray:
+    # Replicas ask for the same block: read it once.
+    if (key := str(index)) not in blocks:
+      blocks[key] = _read_block(entry, parts, dtype, index)
+    return blocks[key]
+
+  if sharding is None:
+    return jax.device_put(block((slice(None),) * len(entry.shape)))
+  return jax.make_array_from_callback(entry.shape, sharding, block)
+
+
+def _read_block(
+  entry: Entry,
+  parts: list[Tensor],
+  dtype: np.dtype,
+  index: tuple[slice, ...],
+) -> np.ndarray:
+  if not entry.stacked:
+    return np.array(entry.to_ours(parts[0].view())[index], dtype, order="C")
+  parts = parts[index[0]]
+  sizes = [len(range(size)[i]) for size, i in zip(entry.shape[1:], index[1:])]
+  block = np.empty((len(parts), *sizes), dtype)
+  for layer, tensor in enumerate(parts):
+    block[layer] = entry.to_ours(tensor.view())[index[1:]]
+  return block
+
+
+def _shardings(
+  model: Any, mesh: jax.sharding.Mesh | None, rules: Any
+) -> Params | None:
+  if mesh is None:
+    return None
+  from digen_jax.parallel import rules as rules_lib
+
+  return rules_lib.param_shardings(
+    mesh, model.logical_axes, model.params, rules or rules_lib.ROLLOUT
+  )
+
+
+def _at(tree: Params, path: tuple[Any, ...]) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree

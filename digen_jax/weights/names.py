@@ -1,0 +1,142 @@
+"""How our parameter trees and diffusers' state dicts name the same weights.
+
+A map is a table of renames of whole path segments, from ours to theirs, in
+which `{i}` stands for the layer of a stacked block. Loading and exporting
+walk our tree with the same table, so they cannot disagree.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+
+# Axes of our kernels in the order of theirs: linear, 2-D and 3-D convolution.
+KERNEL_ORDERS = {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
+LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+
+
+@dataclasses.dataclass(frozen=True)
+class NameMap:
+  """One module class's names.
+
+  Attributes:
+    renames: our path segments -> theirs, longest first wins.
+    aliases: their current segments -> those of older checkpoints.
+    ignored: regular expressions of tensors without meaning for us.
+  """
+
+  renames: Mapping[str, str]
+  aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+  """One leaf of our tree and the tensors that it is made of.
+
+  Attributes:
+    path: keys in our tree.
+    shape: of our leaf, the layer axis included.
+    names: theirs, one per layer if stacked, else one.
+    stacked: whether the leaf has a leading layer axis.
+    order: our axes (without the layer axis) in the order of theirs.
+  """
+
+  path: tuple[Any, ...]
+  shape: tuple[int, ...]
+  names: tuple[str, ...]
+  stacked: bool
+  order: tuple[int, ...]
+
+  @property
+  def tensor_shape(self) -> tuple[int, ...]:
+    """The shape of each of the tensors."""
+    shape = self.shape[1:] if self.stacked else self.shape
+    return tuple(shape[axis] for axis in self.order)
+
+  def to_theirs(self, leaf: np.ndarray) -> np.ndarray:
+    """One layer of our leaf -> their axis order, a view."""
+    return leaf.transpose(self.order)
+
+  def to_ours(self, tensor: np.ndarray) -> np.ndarray:
+    """Their tensor -> one layer of our leaf, a view."""
+    return tensor.transpose(np.argsort(self.order))
+
+
+def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
+  """Every leaf of our tree with the names of its tensors.
+
+  Args:
+    params: nested dict of arrays or `jax.ShapeDtypeStruct`s, without LoRA.
+    name_map: the names of its module class.
+  """
+  for path, leaf in _leaves(params, ()):
+    *module, kind = map(str, path)
+    pattern = _rename(".".join(module), name_map.renames)
+    pattern = f"{pattern}.{LEAF_NAMES.get(kind, kind)}"
+    stacked = "{i}" in pattern
+    count = leaf.shape[0] if stacked else 1
+    ndim = len(leaf.shape) - stacked
+    order = KERNEL_ORDERS[ndim] if kind == "kernel" else tuple(range(ndim))
+    names = tuple(pattern.replace("{i}", str(i)) for i in range(count))
+    yield Entry(path, tuple(leaf.shape), names, stacked, order)
+
+
+def old_name(name: str, name_map: NameMap) -> str:
+  """What older checkpoints call their tensor `name`."""
+  return _rename(name, name_map.aliases)
+
+
+def _leaves(node: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
+  if isinstance(node, Mapping):
+    for key, child in node.items():
+      yield from _leaves(child, (*path, key))
+  else:
+    yield path, node
+
+
+def _rename(path: str, renames: Mapping[str, str]) -> str:
+  """Replaces runs of whole segments, each segment at most once."""
+  if not renames:
+    return path
+  choices = sorted(renames, key=len, reverse=True)
+  pattern = rf"(?<![^.])({'|'.join(map(re.escape, choices))})(?![^.])"
+  return re.sub(pattern, lambda match: renames[match[0]], path)
+
+
+FLUX = NameMap(
+  renames={
+    "time_embedder": "time_text_embed.timestep_embedder",
+    "guidance_embedder": "time_text_embed.guidance_embedder",
+    "pooled_embedder": "time_text_embed.text_embedder",
+    "double_blocks": "transformer_blocks.{i}",
+    "single_blocks": "single_transformer_blocks.{i}",
+    "to_out": "to_out.0",
+    "ff.linear_1": "ff.net.0.proj",
+    "ff.linear_2": "ff.net.2",
+    "ff_context.linear_1": "ff_context.net.0.proj",
+    "ff_context.linear_2": "ff_context.net.2",
+  }
+)
+
+AUTOENCODER_KL = NameMap(
+  renames={
+    "attention": "attentions.0",
+    "to_out": "to_out.0",
+    "downsample": "downsamplers.0.conv",
+    "upsample": "upsamplers.0.conv",
+  },
+  aliases={
+    "to_q": "query",
+    "to_k": "key",
+    "to_v": "value",
+    "to_out.0": "proj_attn",
+  },
+)
+
+NAME_MAPS = {
+  "FluxTransformer2DModel": FLUX,
+  "AutoencoderKL": AUTOENCODER_KL,
+}

@@ -1,0 +1,183 @@
+"""Comparing a loaded module with recorded outputs of its reference.
+
+A case is a diffusers module directory with `inputs.npz` (named as the forward
+arguments of the reference), `outputs.npz`, and optionally `meta.json` with
+the reference's own noise floors. Arrays are in the reference's layout (NCHW).
+"""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import nnx
+
+from digen_jax.errors import UserError
+from digen_jax.weights import load
+
+FLOOR = 2e-5
+NOISE_FACTOR = 8.0
+TIME_TABLE_FACTOR = 2.0
+
+Arrays = dict[str, np.ndarray]
+Method = Callable[[np.ndarray], jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+  """One output against its reference.
+
+  Attributes:
+    output: its name in `outputs.npz`.
+    max_abs: largest absolute difference.
+    relative: norm of the difference over the norm of the reference.
+    tolerance: on `max_abs`.
+  """
+
+  output: str
+  max_abs: float
+  relative: float
+  tolerance: float
+
+  @property
+  def passed(self) -> bool:
+    """Whether the output is within tolerance (NaN is not)."""
+    return self.max_abs <= self.tolerance
+
+
+def check_case(directory: str | Path) -> Iterator[Comparison]:
+  """Runs every recorded output that the module has a method for.
+
+  Outputs of tiled execution, and whatever else we have no method for, are
+  left out. Matrix products run in full float32 on every device.
+
+  Args:
+    directory: the case.
+
+  Raises:
+    UserError: no such case, an input it lacks, or nothing to compare.
+  """
+  directory = Path(directory)
+  config = load.read_json(
+    load.module_directory(directory, "transformer") / "config.json"
+  )
+  inputs, outputs = (
+    _read_npz(directory / f"{name}.npz") for name in ("inputs", "outputs")
+  )
+  meta = directory / "meta.json"
+  meta = load.read_json(meta) if meta.exists() else {}
+  with jax.default_matmul_precision("highest"):
+    if config.get("_class_name") == "AutoencoderKL":
+      results = _run_autoencoder(directory, inputs, outputs)
+    else:
+      results = _run_flux(directory, inputs)
+    compared = False
+    for name, result in results:
+      compared = True
+      yield _compare(name, np.asarray(result), outputs[name], meta)
+  if not compared:
+    raise UserError(
+      f"{directory}/outputs.npz has nothing to compare: {', '.join(outputs)}"
+    )
+
+
+def tolerance(output: str, meta: dict) -> float:
+  """How far an output may be off, from the reference's own noise.
+
+  The largest of a floor, 8 x the reference's float32-to-float64 difference,
+  and the floor + 2 x what one unit in the last place of the sinusoidal time
+  table changes.
+  """
+  noise = meta.get("fp32_vs_fp64", {}).get(output, {}).get("max_abs", 0.0)
+  table = meta.get("time_table_ulp_sens", {}).get(output, 0.0)
+  return max(FLOOR, NOISE_FACTOR * noise, FLOOR + TIME_TABLE_FACTOR * table)
+
+
+def _compare(
+  name: str, result: np.ndarray, reference: np.ndarray, meta: dict
+) -> Comparison:
+  if result.shape != reference.shape:
+    raise UserError(
+      f"output {name!r} is {list(result.shape)}, its reference "
+      f"{list(reference.shape)}"
+    )
+  difference = result.astype(np.float64) - reference.astype(np.float64)
+  norm = np.linalg.norm(reference.ravel().astype(np.float64))
+  return Comparison(
+    output=name,
+    max_abs=float(np.abs(difference).max()),
+    relative=float(np.linalg.norm(difference.ravel()) / (norm + 1e-30)),
+    tolerance=tolerance(name, meta),
+  )
+
+
+def _run_flux(
+  directory: Path, inputs: Arrays
+) -> Iterator[tuple[str, jax.Array]]:
+  model = load.load_model(directory)
+  # Positions are not traced: the rotation table is built in float64.
+  ids = {key: _get(inputs, key, directory) for key in ("img_ids", "txt_ids")}
+
+  @jax.jit
+  def run(params: dict, *args: jax.Array, **kwargs: jax.Array) -> jax.Array:
+    return nnx.merge(model.graphdef, params)(*args, **ids, **kwargs)
+
+  arguments = [
+    _get(inputs, key, directory)
+    for key in (
+      "hidden_states",
+      "encoder_hidden_states",
+      "pooled_projections",
+      "timestep",
+    )
+  ]
+  guidance = {k: v for k, v in inputs.items() if k == "guidance"}
+  yield "sample", run(model.params, *arguments, **guidance)
+
+
+def _run_autoencoder(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> Iterator[tuple[str, jax.Array]]:
+  model = load.load_autoencoder(directory)
+
+  def jitted(method: str, part: Callable) -> Method:
+    @jax.jit
+    def run(params: dict, x: jax.Array) -> jax.Array:
+      module = nnx.merge(model.graphdef, params)
+      y = part(getattr(module, method)(x.transpose(0, 2, 3, 1)))
+      return y.transpose(0, 3, 1, 2)
+
+    return lambda x: run(model.params, x)
+
+  methods = {
+    "encode.parameters": ("sample", jitted("moments", lambda y: y)),
+    "encode.mean": ("sample", jitted("encode", lambda y: y[0])),
+    "encode.logvar": ("sample", jitted("encode", lambda y: y[1])),
+    "encode.std": (
+      "sample",
+      jitted("encode", lambda y: jax.numpy.exp(y[1] / 2)),
+    ),
+    "decode": ("z", jitted("decode", lambda y: y)),
+  }
+  for output in outputs:
+    method, _, variant = output.partition(":")
+    if method in methods and variant != "tiled":
+      default, run = methods[method]
+      yield output, run(_get(inputs, variant or default, directory))
+
+
+def _read_npz(file: Path) -> Arrays:
+  try:
+    with np.load(file, allow_pickle=False) as archive:
+      return dict(archive)
+  except (OSError, ValueError, EOFError) as error:
+    raise UserError(f"cannot read {file}: {error}") from error
+
+
+def _get(inputs: Arrays, key: str, directory: Path) -> np.ndarray:
+  if key not in inputs:
+    raise UserError(
+      f"{directory}/inputs.npz lacks {key!r}; it has {', '.join(inputs)}"
+    )
+  return inputs[key]
