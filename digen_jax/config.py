@@ -167,8 +167,8 @@ class Config:
     steps: global steps.
     checkpoint: a diffusers pipeline directory.
     prompts: training prompts, one per line.
-    rewards: reward name -> weight; a name is built in, or
-      "path/to/file.py:function".
+    reward: what is optimised, as `rewards.compose.parse` reads it: "shapes",
+      "0.7*shapes + 0.3*path/to/file.py:function".
     eval_every: global steps between evaluations; 0 means first and last.
     checkpoint_every: global steps between checkpoints; 0 means the last.
     keep_checkpoints: how many checkpoints to keep.
@@ -180,7 +180,7 @@ class Config:
   steps: int = 100
   checkpoint: str = ""
   prompts: str = ""
-  rewards: Mapping[str, float] = dataclasses.field(default_factory=dict)
+  reward: str = ""
   eval_every: int = 0
   checkpoint_every: int = 50
   keep_checkpoints: int = 2
@@ -201,7 +201,7 @@ def to_dict(config: Any) -> dict[str, Any]:
   return {
     f.name: to_dict(value)
     if dataclasses.is_dataclass(value := getattr(config, f.name))
-    else (dict(value) if isinstance(value, Mapping) else value)
+    else value
     for f in dataclasses.fields(config)
   }
 
@@ -209,15 +209,12 @@ def to_dict(config: Any) -> dict[str, Any]:
 def default_config():  # noqa: ANN201
   """Every field of `Config` at its default, as an `ml_collections.ConfigDict`.
 
-  `rewards` is free-form; all other sections are locked, so that a typo in a
-  config file is an error.
+  It is locked, so that a typo in a config file is an error.
   """
   import ml_collections
 
   config = ml_collections.ConfigDict(to_dict(Config()), type_safe=False)
-  config.lock()
-  config.rewards.unlock()
-  return config
+  return config.lock()
 
 
 def from_config_dict(values: Mapping[str, Any]) -> Config:
@@ -276,8 +273,6 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
     ):
       return tuple(value)
     raise UserError(f"config.{where} takes a list of strings; got {value!r}")
-  if typing.get_origin(hint) is not None:  # Mapping[str, float]
-    return dict(_number_items(where, value))
   if not isinstance(value, hint) or (
     hint is not bool and isinstance(value, bool)
   ):
@@ -285,15 +280,6 @@ def _convert(where: str, value: Any, hint: Any) -> Any:
       f"config.{where} takes a value of type {hint.__name__}; got {value!r}"
     )
   return value
-
-
-def _number_items(where: str, value: Any) -> list[tuple[str, float]]:
-  if not isinstance(value, Mapping):
-    raise UserError(f"config.{where} maps names to weights; got {value!r}")
-  for name, number in value.items():
-    if not isinstance(number, (int, float)) or isinstance(number, bool):
-      raise UserError(f"config.{where}.{name} must be a number; got {number!r}")
-  return [(name, float(number)) for name, number in value.items()]
 
 
 def check(config: Config) -> None:
@@ -348,11 +334,6 @@ def check(config: Config) -> None:
       f"config.train.updates_per_batch={train.updates_per_batch} does not "
       f"divide config.batch.prompts={batch.prompts}: every update takes the "
       "same number of whole groups"
-    )
-  if not config.rewards:
-    raise UserError(
-      "config.rewards is empty: give at least one, e.g. "
-      "config.rewards = {'shapes': 1.0}"
     )
   _check_window(sampling)
   _check_sizes(config)

@@ -72,10 +72,10 @@ class Placement:
       trainer, weights.trainable, rules.TRAINER
     )
     # Once per layout, also where both roles share a mesh.
-    self._frozen_rollout = reshard(
+    self.frozen_rollout = reshard(
       weights.frozen, self._layout(rollout, weights.frozen, rules.ROLLOUT)
     )
-    self._frozen_trainer = reshard(
+    self.frozen_trainer = reshard(
       weights.frozen, self._layout(trainer, weights.frozen, rules.TRAINER)
     )
     self.decoder = jax.device_put(weights.decoder, replicated(rollout))
@@ -131,10 +131,6 @@ class Placement:
         functools.partial(policy.generate, recipe),
         out_shardings=batch_sharding(rollout),
       ),
-      "sample": jax.jit(
-        functools.partial(policy.sample, recipe),
-        out_shardings=batch_sharding(rollout),
-      ),
       "gradients": jax.jit(
         functools.partial(policy.gradients, recipe, gather),
         out_shardings=(self._trainer_layout, replicated(trainer)),
@@ -166,7 +162,7 @@ class Placement:
     lane = self.rollout_lane
     args = (
       self.published,
-      self._frozen_rollout,
+      self.frozen_rollout,
       self.decoder,
       *self._put(lane, prompts, negative),
       *self._put_rows(lane, rows, start),
@@ -174,34 +170,20 @@ class Placement:
     )
     return Call("generate", args)
 
-  def sample(
+  def gradients(
     self,
-    trainable: Any,
+    batch: TrainBatch,
+    rows: np.ndarray,
     prompts: Conditioning,
     negative: Conditioning | None,
-    seed: int,
-    index: np.ndarray,
   ) -> Call:
-    """`policy.sample` on the rollout lane; host arrays in."""
-    lane = self.rollout_lane
-    args = (
-      trainable,
-      self._frozen_rollout,
-      self.decoder,
-      *self._put_rows(lane, prompts),
-      *self._put(lane, negative, np.uint32(seed)),
-      *self._put_rows(lane, index),
-    )
-    return Call("sample", args)
-
-  def gradients(self, batch: TrainBatch, negative: Conditioning | None) -> Call:
     """`policy.gradients` on the trainer lane; host arrays in."""
     args = (
       self.state["trainable"],
-      self._frozen_trainer,
+      self.frozen_trainer,
       self.reference,
-      *self._put_rows(self.trainer_lane, batch),
-      *self._put(self.trainer_lane, negative),
+      *self._put_rows(self.trainer_lane, batch, rows),
+      *self._put(self.trainer_lane, prompts, negative),
     )
     return Call("gradients", args)
 
@@ -244,12 +226,11 @@ class Placement:
       self._compile(call)
     return self._compiled[call.name](*call.args)
 
-  def compile(self, generate: Call, sample: Call, gradients: Call) -> None:
+  def compile(self, generate: Call, gradients: Call) -> None:
     """Compiles every function, both lanes in parallel; executes nothing.
 
     Args:
       generate: a call with the shapes that all later ones have.
-      sample: likewise.
       gradients: likewise.
     """
     params = self.state["trainable"]
@@ -261,7 +242,7 @@ class Placement:
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
       work = [
         pool.submit(lambda calls: [self._compile(c) for c in calls], calls)
-        for calls in ((generate, sample), trainer)
+        for calls in ((generate,), trainer)
       ]
       for future in work:
         future.result()

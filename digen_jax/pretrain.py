@@ -217,7 +217,9 @@ def train(
     rows = jax.random.randint(row_key, (settings.batch,), 0, size)
     batch = jax.tree.map(lambda x: x[rows], data)
     value, grads = jax.value_and_grad(loss)(params, batch, loss_key)
-    updates, state = optimiser.update(grads, state, params)
+    # optax mixes integer counts with floats; allow it that here only.
+    with jax.numpy_dtype_promotion("standard"):
+      updates, state = optimiser.update(grads, state, params)
     params = optax.apply_updates(params, updates)
     # A young average would remember its start: let its horizon grow.
     age = index.astype(jnp.float32)

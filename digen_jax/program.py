@@ -195,7 +195,12 @@ class Program:
       (sampling.num_steps, self.work.window, sampling.window_first or None),
     )
     self.samples = Samples(
-      step, self.work, prompts, prompt_ids, start, self.reward.names
+      step,
+      self.work,
+      prompts,
+      prompt_ids,
+      start,
+      [reward.name for reward in self.reward.rewards],
     )
     self.sums = {}
     self._order = {
@@ -207,6 +212,21 @@ class Program:
     self._early: dict[Unit, Any] = {}
     self._gradient = None
     self._summed = 0
+    self.updated = False
+
+  def warm_up(self) -> None:
+    """Compiles everything, before the clock starts; changes nothing."""
+    self.begin_step(0, [""] * self.work.groups, np.zeros(self.work.groups, int))
+    units = step_units(self.work, 0)
+    first = {kind: next(u for u in units if u.kind == kind) for kind in Kind}
+    shape = self.placement.recipe.latent_shape
+    self.samples.states = np.zeros(
+      (self.work.samples, self.work.window + 1, *shape), np.float32
+    )
+    self.placement.compile(
+      self._generate_call(self.placement.rollout_lane, first[Kind.GENERATE]),
+      self._gradients_call(self.placement.trainer_lane, first[Kind.TRAIN]),
+    )
 
   def generate(self, lane: str, unit: Unit) -> Handle:
     """Samples, decodes, and brings the trajectories to the host."""
@@ -299,6 +319,7 @@ class Program:
     """Optimiser update with the accumulated gradient."""
     self._fold()  # dead groups at the end of the update are passed over here
     gradient, self._gradient = self._gradient, None
+    self.updated = True
     del lane
     metrics = self.placement.update(gradient)
 
@@ -319,6 +340,25 @@ class Program:
     del lane, unit
     self.publish_bytes = self.placement.publish()
     return DeviceWork((), lambda _: None)
+
+  def metrics(self) -> dict[str, Any]:
+    """What the step's samples and packs say; means over trained rows."""
+    samples, sums = self.samples, self.sums
+    rows = max(sums.get("rows", 0.0), 1.0)
+    return {
+      "reward_mean": samples.rewards.mean(),
+      "reward_std": samples.rewards.std(),
+      "zero_std_groups": len(samples.dead(range(self.work.groups))),
+      "advantage_abs_mean": np.abs(samples.advantages).mean(),
+      "ratio_mean": sums.get("ratio_sum", rows) / rows,
+      "clip_fraction": sums.get("clip_sum", 0.0) / rows,
+      "kl": sums.get("kl_sum", 0.0) / rows,
+      "loss": sums.get("loss_sum", 0.0) / rows,
+      "grad_norm": sums.get("grad_norm", 0.0),
+      # Of the first update, which is on-policy; later ones drift by design.
+      "ratio_max_abs_log": sums.get("ratio_max_abs_log", 0.0),
+      "ratio_max_abs_log_later": sums.get("ratio_max_abs_log_later", 0.0),
+    }
 
   def _take(self, unit: Unit, scores: Any) -> frozenset[int]:
     """Stores rewards, and advantages where they are all there."""

@@ -68,7 +68,9 @@ def _prompt_of_json(text: str, where: str) -> str:
       '{"prompt": "a red circle"}'
     ) from error
   if not prompt:
-    raise UserError(f"{where} has an empty prompt: fill it in or delete the line")
+    raise UserError(
+      f"{where} has an empty prompt: fill it in or delete the line"
+    )
   return prompt
 
 

@@ -247,7 +247,9 @@ def render(scene: Scene, size: int = SIZE) -> np.ndarray:
   return image
 
 
-def _signed_distance(item: Object, dx: np.ndarray, dy: np.ndarray) -> np.ndarray:
+def _signed_distance(
+  item: Object, dx: np.ndarray, dy: np.ndarray
+) -> np.ndarray:
   """Distance in pixels to the edge of a shape, negative inside."""
   half = _HALF_WIDTH[item.shape] * item.radius
   if item.shape == "circle":

@@ -39,6 +39,35 @@ class Composite:
     return Scores(total, parts)
 
 
+def parse(text: str) -> dict[str, float]:
+  """Reads "0.7*shapes + 0.3*path/to/file.py:function" as {spec: weight}.
+
+  A term without a weight has weight 1.
+
+  Raises:
+    UserError: an empty term, a weight that is no number, or a repeated reward.
+  """
+  weights: dict[str, float] = {}
+  for term in text.split(" + "):
+    weight, star, spec = term.strip().rpartition("*")
+    try:
+      number = float(weight) if star else 1.0
+    except ValueError as error:
+      raise UserError(
+        f'reward "{term.strip()}": "{weight}" is no weight; write e.g. '
+        '"0.7*shapes + 0.3*jpeg_compressibility"'
+      ) from error
+    if not spec.strip():
+      raise UserError(
+        f'reward "{text}" has an empty term: name at least one reward, e.g. '
+        '"shapes"'
+      )
+    if spec.strip() in weights:
+      raise UserError(f'reward "{spec.strip()}" is given twice in "{text}"')
+    weights[spec.strip()] = number
+  return weights
+
+
 def compose(
   rewards: str | Callable | Reward | Mapping[str, float],
 ) -> Composite:

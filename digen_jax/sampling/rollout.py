@@ -173,6 +173,8 @@ def _noise(
 
 def _store(buffer: jax.Array, slot: jax.Array, rows: jax.Array) -> jax.Array:
   """Writes rows [B, ...] to buffer [B, W, ...] at slot [B], if inside."""
+  if buffer.shape[1] == 0:
+    return buffer
   outside = jnp.int32(buffer.shape[1])
   slot = jnp.where(slot < 0, outside, slot)
   return jax.vmap(lambda b, i, row: b.at[i].set(row, mode="drop"))(

@@ -13,7 +13,8 @@ from flax import nnx
 
 from digen_jax.errors import UserError
 from digen_jax.models import layers
-from digen_jax.models.layers import Linear, round_to
+from digen_jax.models.layers import Linear
+from digen_jax.models.text.embedding import Embedding
 
 ACTIVATIONS = {
   "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
@@ -124,15 +125,14 @@ class ClipTextEncoder(nnx.Module):
   """Token ids to token states and one pooled state per prompt."""
 
   def __init__(self, config: ClipTextConfig, *, rngs: nnx.Rngs):
-    dim, normal = config.hidden_size, nnx.initializers.normal(0.02)
+    dim, rows = config.hidden_size, config.max_position_embeddings
+    kwargs = dict(stddev=0.02, rngs=rngs)
     self.config = config
-    self.token_embedding = nnx.Param(
-      normal(rngs.params(), (config.vocab_size, dim), jnp.float32),
-      logical_axes=("vocab", "embed"),
+    self.token_embedding = Embedding(
+      config.vocab_size, dim, axes=("vocab", "embed"), **kwargs
     )
-    self.position_embedding = nnx.Param(
-      normal(rngs.params(), (config.max_position_embeddings, dim), jnp.float32),
-      logical_axes=(None, "embed"),
+    self.position_embedding = Embedding(
+      rows, dim, axes=(None, "embed"), **kwargs
     )
     self.blocks = layers.stack(
       lambda rngs: ClipBlock(config, rngs=rngs), config.num_hidden_layers, rngs
@@ -148,9 +148,8 @@ class ClipTextEncoder(nnx.Module):
         f"CLIP got {length} tokens but has {config.max_position_embeddings} "
         "positions: lower the tokenizer's model_max_length"
       )
-    tokens = self.token_embedding[...][ids].astype(jnp.float32)
-    positions = self.position_embedding[...][:length].astype(jnp.float32)
-    x = round_to(tokens + positions[None], config.dtype).astype(jnp.float32)
+    positions = self.position_embedding(jnp.arange(length))
+    x = self.token_embedding(ids) + positions[None]
     x = layers.scan_blocks(self.blocks, lambda block, x: block(x), x)
     x = self.norm_out(x)
     # The first end token: padding may repeat it.

@@ -16,7 +16,8 @@ from flax import nnx
 
 from digen_jax.errors import UserError
 from digen_jax.models import layers
-from digen_jax.models.layers import Linear, RMSNorm, round_to
+from digen_jax.models.layers import Linear, RMSNorm
+from digen_jax.models.text.embedding import Embedding
 
 FEED_FORWARDS = ("relu", "gated-gelu")
 
@@ -166,18 +167,17 @@ class T5Encoder(nnx.Module):
   """Token ids to token states."""
 
   def __init__(self, config: T5Config, *, rngs: nnx.Rngs):
-    dim, normal = config.d_model, nnx.initializers.normal
-    buckets = config.relative_attention_num_buckets
+    dim = config.d_model
     self.config = config
-    self.token_embedding = nnx.Param(
-      normal(1.0)(rngs.params(), (config.vocab_size, dim), jnp.float32),
-      logical_axes=("vocab", "embed"),
+    self.token_embedding = Embedding(
+      config.vocab_size, dim, stddev=1.0, axes=("vocab", "embed"), rngs=rngs
     )
-    self.relative_bias = nnx.Param(
-      normal(dim**-0.5)(
-        rngs.params(), (buckets, config.num_heads), jnp.float32
-      ),
-      logical_axes=(None, None),
+    self.relative_bias = Embedding(
+      config.relative_attention_num_buckets,
+      config.num_heads,
+      stddev=dim**-0.5,
+      axes=(None, None),
+      rngs=rngs,
     )
     self.blocks = layers.stack(
       lambda rngs: T5Block(config, rngs=rngs), config.num_layers, rngs
@@ -194,14 +194,12 @@ class T5Encoder(nnx.Module):
       config.relative_attention_num_buckets,
       config.relative_attention_max_distance,
     )
-    bias = self.relative_bias[...][buckets].astype(jnp.float32)
-    bias = bias.transpose(2, 0, 1)[None]
+    bias = self.relative_bias(buckets).transpose(2, 0, 1)[None]
     if mask is not None:
       lowest = jnp.finfo(jnp.float32).min
       bias = jnp.where(mask[:, None, None, :], bias, lowest)
-    x = round_to(self.token_embedding[...][ids], config.dtype)
     x = layers.scan_blocks(
-      self.blocks, lambda block, x: block(x, bias), x.astype(jnp.float32)
+      self.blocks, lambda block, x: block(x, bias), self.token_embedding(ids)
     )
     return self.norm_out(x)
 

@@ -1,0 +1,171 @@
+"""From a config to what a run is made of: models, weights, recipe, workload."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from digen_jax.config import Config
+from digen_jax.data.embeddings import cached_embeddings, load_prompt_encoder
+from digen_jax.errors import UserError
+from digen_jax.models import Model, lora
+from digen_jax.models.vae import Autoencoder
+from digen_jax.pipeline.units import Workload
+from digen_jax.placement import Weights
+from digen_jax.policy import Recipe
+from digen_jax.sampling.schedules import schedule_from_config
+from digen_jax.types import Conditioning
+from digen_jax.weights.load import (
+  load_autoencoder,
+  load_model,
+  load_pipeline_config,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Assembly:
+  """A run before it is placed on devices.
+
+  Attributes:
+    config: the run.
+    model: the denoiser, LoRA adapters included.
+    autoencoder: latents to images.
+    weights: split into trainable, frozen, decoder.
+    recipe: what is static.
+    work: what a global step consists of.
+  """
+
+  config: Config
+  model: Model
+  autoencoder: Autoencoder
+  weights: Weights
+  recipe: Recipe
+  work: Workload
+
+
+def workload(config: Config) -> Workload:
+  """The units of a global step."""
+  window = config.sampling.window or config.sampling.num_steps - 1
+  pipeline = config.pipeline
+  pack = min(pipeline.timesteps_per_pack or window, window)
+  return Workload(
+    groups=config.batch.prompts,
+    group_size=config.batch.group_size,
+    window=window,
+    updates=config.train.updates_per_batch,
+    generate_size=pipeline.generate_size or config.batch.group_size,
+    train_size=pipeline.train_size or config.batch.group_size,
+    pack=pack if pipeline.tsp else 1,
+    scope=config.advantage.scope,
+    gap=pipeline.gap,
+  )
+
+
+def assemble(config: Config) -> Assembly:
+  """Loads the checkpoint of a config and prepares it for training.
+
+  Raises:
+    UserError: the checkpoint is incomplete, damaged or of another family; the
+      image size does not fit the model; LoRA targets match nothing.
+  """
+  pipeline = load_pipeline_config(config.checkpoint)
+  train = config.train
+  adapted = train.lora_rank > 0
+  model = load_model(
+    config.checkpoint,
+    dtype=config.dtype.compute,
+    # What is trained is kept in float32; a frozen base only as it is used.
+    param_dtype=config.dtype.compute if adapted else "float32",
+    remat=train.remat,
+  )
+  if adapted:
+    model = lora.add_lora(
+      model,
+      rank=train.lora_rank,
+      alpha=train.lora_alpha,
+      targets=train.lora_targets or model.family.lora_targets,
+      key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
+    )
+  autoencoder = load_autoencoder(config.checkpoint)
+  trainable, frozen = lora.split_trainable(model.params, lora_only=adapted)
+  weights = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
+  recipe = _recipe(config, model, autoencoder, pipeline)
+  return Assembly(config, model, autoencoder, weights, recipe, workload(config))
+
+
+LORA_STREAM = 0x4C4F5241
+
+
+def _recipe(
+  config: Config, model: Model, autoencoder: Autoencoder, pipeline: Any
+) -> Recipe:
+  sampling, work = config.sampling, workload(config)
+  height, width, channels = _latent_shape(config, model, autoencoder)
+  seq_len = (height // 2) * (width // 2)
+  return Recipe(
+    apply=model.apply,
+    decode=autoencoder.decode,
+    sigmas=schedule_from_config(
+      pipeline.scheduler, sampling.num_steps, seq_len=seq_len
+    ),
+    eval_sigmas=schedule_from_config(
+      pipeline.scheduler, config.eval.num_steps, seq_len=seq_len
+    ),
+    kernel_name=sampling.kernel,
+    noise_level=sampling.noise_level,
+    window=work.window,
+    latent_shape=(height, width, channels),
+    guidance_scale=sampling.guidance_scale,
+    clip_range=config.train.clip_range,
+    kl_weight=config.train.kl_weight,
+    rows_per_update=work.rows_per_update,
+    ema_decay=config.train.ema_decay,
+  )
+
+
+def _latent_shape(
+  config: Config, model: Model, autoencoder: Autoencoder
+) -> tuple[int, int, int]:
+  sizes = config.sampling.height, config.sampling.width
+  unit = 2 * autoencoder.config.downscale
+  for name, size in zip(("height", "width"), sizes):
+    if size < unit or size % unit:
+      raise UserError(
+        f"config.sampling.{name}={size} must be a positive multiple of {unit} "
+        "for this checkpoint (autoencoder downscaling x latent patch)"
+      )
+  height, width = (size // autoencoder.config.downscale for size in sizes)
+  return height, width, model.config.latent_channels
+
+
+def embed(
+  assembly: Assembly, prompts: list[str], cache: Path | None = None
+) -> Conditioning:
+  """Conditioning of prompts, [P, ...] host arrays.
+
+  Args:
+    assembly: the run.
+    prompts: P texts.
+    cache: file to keep the embeddings in, or None.
+  """
+  encoder = load_prompt_encoder(assembly.config.checkpoint)
+  if cache is None:
+    conditioning = encoder.encode(prompts)
+  else:
+    conditioning = cached_embeddings(encoder, prompts, cache)
+  conditioning = jax.tree.map(np.asarray, conditioning)
+  if getattr(assembly.model.config, "guidance_embeds", False):
+    scale = assembly.config.sampling.embedded_guidance
+    conditioning = dataclasses.replace(
+      conditioning, guidance=np.full(len(prompts), scale, np.float32)
+    )
+  return conditioning
+
+
+def negative_conditioning(assembly: Assembly) -> Conditioning | None:
+  """[1, ...] conditioning of the empty prompt, where guidance needs it."""
+  if assembly.config.sampling.guidance_scale == 1.0:
+    return None
+  return embed(assembly, [""])

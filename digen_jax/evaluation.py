@@ -1,0 +1,75 @@
+"""Held-out reward of a policy: fixed prompts, fixed noise, no randomness."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from digen_jax.config import Config
+from digen_jax.rewards.compose import Composite
+from digen_jax.sampler import Sampler
+from digen_jax.types import Conditioning
+
+# The same noise whatever the run's seed: policies of several runs compare.
+NOISE_SEED = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluated:
+  """What an evaluation saw.
+
+  Attributes:
+    step: global steps trained.
+    prompts: [N] texts.
+    images: [N, H, W, 3] uint8.
+    rewards: [N] float32 weighted total.
+    parts: reward name -> [N] float32.
+  """
+
+  step: int
+  prompts: Sequence[str]
+  images: np.ndarray
+  rewards: np.ndarray
+  parts: dict[str, np.ndarray]
+
+  def row(self) -> dict[str, Any]:
+    """Its entry in evaluation.json."""
+    return {
+      "step": self.step,
+      "split": "held_out",
+      "prompts": len(self.prompts),
+      "reward_mean": float(self.rewards.mean()),
+      "reward_std": float(self.rewards.std()),
+      **{f"{name}_mean": float(v.mean()) for name, v in self.parts.items()},
+    }
+
+
+def select(prompts: list[str], config: Config) -> list[str]:
+  """The prompts an evaluation uses: the first `config.eval.num_prompts`."""
+  return prompts[: config.eval.num_prompts or len(prompts)]
+
+
+def evaluate(
+  sampler: Sampler,
+  trainable: Any,
+  prompts: Sequence[str],
+  conditioning: Conditioning,
+  negative: Conditioning | None,
+  reward: Composite,
+  step: int,
+) -> Evaluated:
+  """Samples one image per prompt and scores them.
+
+  Args:
+    sampler: on the mesh that `trainable` is on.
+    trainable: parameters to evaluate.
+    prompts: [N] texts.
+    conditioning: [N, ...] their conditioning, on the host.
+    negative: [1, ...] conditioning of the negative prompt, with guidance.
+    reward: scores images.
+    step: how far the policy has been trained.
+  """
+  images = sampler(trainable, conditioning, negative, NOISE_SEED)
+  scores = reward.score(images.astype(np.float32) / 255.0, list(prompts))
+  return Evaluated(step, prompts, images, scores.total, scores.parts)

@@ -1,0 +1,178 @@
+"""What the launch scripts beside train.py do: sample, evaluate, export."""
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from digen_jax import media
+from digen_jax.assemble import embed, negative_conditioning
+from digen_jax.data.prompts import read_prompts
+from digen_jax.errors import UserError
+from digen_jax.evaluation import Evaluated, evaluate
+from digen_jax.grpo.train_step import join
+from digen_jax.models.lora import merge_lora
+from digen_jax.rewards.compose import compose, parse
+from digen_jax.runs import open_policy, read_config
+from digen_jax.weights.export import export_pipeline
+
+GRID = 64  # samples the overview picture shows at most
+
+
+def sample_prompts(
+  checkpoint: str | Path,
+  prompts: str | Path,
+  out: str | Path,
+  *,
+  overrides: Mapping[str, Mapping[str, Any]],
+  seed: int,
+  samples_per_prompt: int,
+) -> int:
+  """Writes one PNG per sample, `grid.png` and `samples.jsonl`.
+
+  Args:
+    checkpoint: pipeline directory, or run.
+    prompts: prompt file.
+    out: directory, made if missing.
+    overrides: config section -> field -> value.
+    seed: of the noise.
+    samples_per_prompt: pictures of each prompt.
+
+  Returns:
+    How many pictures were written.
+
+  Raises:
+    UserError: bad input.
+  """
+  texts = read_prompts(prompts)
+  out = _directory(out)
+  policy = open_policy(checkpoint, overrides)
+  texts = [text for text in texts for _ in range(samples_per_prompt)]
+  images = policy.sampler()(
+    policy.trainable,
+    embed(policy.assembly, texts),
+    negative_conditioning(policy.assembly),
+    seed,
+  )
+  rows = []
+  for i, (text, image) in enumerate(zip(texts, images)):
+    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+    file = f"{i:05d}-{slug}.png"
+    Image.fromarray(image).save(out / file)
+    rows.append({"file": file, "prompt": text, "seed": seed, "index": i})
+  lines = "".join(json.dumps(row) + "\n" for row in rows)
+  (out / "samples.jsonl").write_text(lines)
+  media.image_grid(images[:GRID], labels=texts[:GRID]).save(out / "grid.png")
+  return len(images)
+
+
+def evaluate_run(
+  run: str | Path,
+  prompts: str | Path,
+  out: str | Path | None,
+  num_steps: int | None,
+) -> tuple[Evaluated, Evaluated]:
+  """Base and trained policy on the same prompts and noise.
+
+  Writes `evaluation.json` and `before_after.png`.
+
+  Args:
+    run: directory of the run.
+    prompts: prompt file.
+    out: directory for the results; None means `run`/evaluation.
+    num_steps: denoising steps; None means what the run used.
+
+  Returns:
+    Base and trained.
+
+  Raises:
+    UserError: bad input.
+  """
+  texts = read_prompts(prompts)
+  config = read_config(run)
+  reward = compose(parse(config.reward))
+  out = _directory(out or Path(run) / "evaluation")
+  steps = {"num_steps": num_steps} if num_steps else {}
+  policy = open_policy(run, {"eval": steps})
+  sampler = policy.sampler()
+  conditioning = embed(policy.assembly, texts)
+  negative = negative_conditioning(policy.assembly)
+  base, trained = (
+    evaluate(sampler, params, texts, conditioning, negative, reward, step)
+    for params, step in ((policy.base, 0), (policy.trainable, policy.step))
+  )
+  result = {
+    "base": base.row(),
+    "trained": trained.row(),
+    "samples": [
+      {"prompt": text, "base": float(b), "trained": float(t)}
+      for text, b, t in zip(texts, base.rewards, trained.rewards)
+    ],
+  }
+  (out / "evaluation.json").write_text(json.dumps(result, indent=2) + "\n")
+  media.before_after(
+    base.images[:GRID],
+    trained.images[:GRID],
+    texts[:GRID],
+    base.rewards[:GRID],
+    trained.rewards[:GRID],
+  ).save(out / "before_after.png")
+  return base, trained
+
+
+def export_run(run: str | Path, out: str | Path, merge: bool) -> None:
+  """Writes a run's policy as a diffusers pipeline directory.
+
+  Args:
+    run: directory of the run.
+    out: the pipeline's directory; must not exist or be empty.
+    merge: fold LoRA adapters into the weights they adapt.
+
+  Raises:
+    UserError: not a run, `out` is taken, or adapters and no `merge`.
+  """
+  config = read_config(run)
+  if config.train.lora_rank and not merge:
+    raise UserError(
+      f"{run} trained LoRA adapters: pass --merge to write a pipeline with "
+      "the adapters folded in"
+    )
+  policy = open_policy(run)
+  weights = policy.assembly.weights
+  params = join(policy.trainable, weights.frozen)
+  if config.train.lora_rank:
+    params = merge_lora(policy.assembly.model, params)
+  export_pipeline(config.checkpoint, out, policy.assembly.model, params)
+
+
+def table(base: Evaluated, trained: Evaluated) -> str:
+  """Rewards side by side, with the standard error of the difference."""
+  difference = trained.rewards - base.rewards
+  error = difference.std() / np.sqrt(len(difference))
+  lines = [f"{'reward':24s} {'base':>8s} {'trained':>8s} {'change':>8s}"]
+  rows = {"total": (base.rewards, trained.rewards)} | {
+    name: (values, trained.parts[name]) for name, values in base.parts.items()
+  }
+  for name, (before, after) in rows.items():
+    before, after = before.mean(), after.mean()
+    lines.append(
+      f"{name:24s} {before:8.3f} {after:8.3f} {after - before:+8.3f}"
+    )
+  lines.append(
+    f"{len(difference)} prompts, same noise; standard error of the change "
+    f"{error:.3f}; better on {(difference > 0).mean():.0%}, worse on "
+    f"{(difference < 0).mean():.0%}"
+  )
+  return "\n".join(lines)
+
+
+def _directory(path: str | Path) -> Path:
+  path = Path(path)
+  if path.exists() and not path.is_dir():
+    raise UserError(f"--out={path} is a file; name a directory")
+  path.mkdir(parents=True, exist_ok=True)
+  return path

@@ -1,0 +1,110 @@
+"""What launch scripts share: flags, devices, errors in one line."""
+
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags, logging
+
+from digen_jax import config as config_lib
+from digen_jax.errors import UserError
+
+EXIT_BAD_INPUT = 2
+
+
+class ConfigFlag:
+  """`--config=FILE.py` with overrides `--config.a.b=value`."""
+
+  def __init__(self) -> None:
+    from ml_collections import config_flags
+
+    self._holder = config_flags.DEFINE_config_file(
+      "config",
+      None,
+      "Config file (see configs/); --config.a.b=value overrides a field.",
+      lock_config=False,
+    )
+
+  def get(self) -> config_lib.Config:
+    """The checked config; UserError names what is wrong with it."""
+    return config_lib.from_config_dict(self._holder.value)
+
+
+def config_flag() -> ConfigFlag:
+  """Defines `--config` and marks it as required."""
+  flag = ConfigFlag()
+  flags.mark_flag_as_required("config")
+  return flag
+
+
+def run_main(main: Callable[[], None]) -> None:
+  """Parses flags and runs `main`.
+
+  A `UserError`, a failed unit or a flag that cannot be parsed ends the
+  program with one line on standard error and a non-zero status.
+  """
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_handler().setFormatter(None)
+  app.run(lambda _: _guarded(main), flags_parser=_parse)
+
+
+def start_devices(cpu_devices: int) -> None:
+  """Call before anything touches a device.
+
+  Args:
+    cpu_devices: how many devices the host is split into where there is no
+      accelerator.
+  """
+  # XLA's CPU client gives every device one thread of this pool; collectives on
+  # two meshes can use it up and wait for ever.
+  os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * cpu_devices)))
+  import jax
+
+  jax.config.update("jax_num_cpu_devices", cpu_devices)
+
+
+def _guarded(main: Callable[[], None]) -> None:
+  from digen_jax.pipeline.execute import UnitError
+
+  try:
+    main()
+  except (UserError, UnitError) as error:
+    _fail(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+
+
+def _parse(argv: Sequence[str]) -> list[str]:
+  try:
+    return flags.FLAGS(argv)
+  except flags.Error as error:
+    # A config file that raises arrives with its whole traceback as text.
+    lines = str(error).splitlines()
+    _fail(lines[0] if len(lines) == 1 else f"{lines[0]} {lines[-1]}")
+  except FileNotFoundError as error:
+    _fail(f"config file {error.filename or error} does not exist")
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    _fail(_config_error(argv, error))
+
+
+def _config_error(argv: Sequence[str], error: Exception) -> str:
+  """One line for an override or a config file that ml_collections refuses."""
+  known = config_lib.to_dict(config_lib.Config())
+  for argument in argv[1:]:
+    match = re.match(r"--config\.([\w.]+)", argument)
+    section, prefix = known, ""
+    for name in match.group(1).split(".") if match else ():
+      if not isinstance(section, dict):
+        break
+      if name not in section:
+        return config_lib.unknown_field(prefix + name, section, prefix)
+      section, prefix = section.get(name), f"{prefix}{name}."
+  return " ".join(str(error).split()) or type(error).__name__
+
+
+def _fail(message: str, status: int = EXIT_BAD_INPUT) -> None:
+  sys.stdout.flush()
+  print(f"error: {' '.join(message.split())}", file=sys.stderr)
+  logging.flush()
+  # The interpreter's exit would wait for reward threads that may never end.
+  sys.stderr.flush()
+  os._exit(status)

@@ -1,0 +1,160 @@
+"""The files of a run: what is written to a workdir, and when."""
+
+import json
+import os
+import platform
+from collections.abc import Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from digen_jax import media
+from digen_jax.config import Config, to_dict
+from digen_jax.errors import UserError
+from digen_jax.evaluation import Evaluated
+from digen_jax.metrics import MetricsWriter, truncate_metrics
+from digen_jax.timeline import Span, read_trace, write_trace
+
+LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+TIMELINE_STEPS = 64  # the newest; one of every step would grow for ever
+# What a resumed run must share with the one it goes on with: it decides what
+# the arrays of a checkpoint mean, or what has been drawn so far.
+FIXED = ("seed", "checkpoint", "batch", "train.lora_rank", "train.ema_decay")
+
+
+def check_workdir(workdir: Path) -> None:
+  """Raises UserError where a run cannot be written."""
+  if workdir.exists() and not workdir.is_dir():
+    raise UserError(
+      f"--workdir={workdir} is a file; name a directory, new or of an earlier "
+      "run to resume"
+    )
+  parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+  if not os.access(parent, os.W_OK):
+    raise UserError(f"--workdir={workdir} cannot be written: {parent} is not")
+
+
+def check_resumable(
+  config: Config, record: Mapping[str, Any], workdir: Path
+) -> None:
+  """Raises UserError where a checkpoint belongs to another run."""
+  now = to_dict(config)
+  for name in FIXED:
+    old, new = record["config"], now
+    for key in name.split("."):
+      old, new = old.get(key), new.get(key)
+    if old != new:
+      raise UserError(
+        f"{workdir} holds a run with config.{name}={old!r}, not {new!r}: "
+        "resume it with that value, or choose another --workdir"
+      )
+  if record["step"] > config.steps:
+    raise UserError(
+      f"{workdir} holds a run of {record['step']} steps, more than "
+      f"config.steps={config.steps}: raise config.steps to go on, or choose "
+      "another --workdir"
+    )
+
+
+def write_json(path: Path, value: Any) -> None:
+  """Writes a file at once or not at all."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(value, indent=2) + "\n")
+  os.replace(temporary, path)
+
+
+def describe(meshes: Mapping[str, Mesh]) -> str:
+  """E.g. "rollout data=1, trainer fsdp=1"."""
+  return ", ".join(
+    f"{name} "
+    + (
+      " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
+      or "1 device"
+    )
+    for name, mesh in meshes.items()
+  )
+
+
+class RunFiles:
+  """Writes config.json, metrics, timeline, evaluations and pictures."""
+
+  def __init__(
+    self,
+    workdir: Path,
+    config: Config,
+    meshes: Mapping[str, Mesh],
+    step: int,
+  ):
+    """Opens a run's directory at `step`: what an interrupted run wrote after
+    its last checkpoint is dropped, and will be written again."""
+    self.workdir, self.config = workdir, config
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    write_json(
+      workdir / "config.json",
+      {
+        "config": to_dict(config),
+        "versions": {name: metadata.version(name) for name in LIBRARIES},
+        "python": platform.python_version(),
+        "devices": [d.device_kind for d in jax.devices()],
+        "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
+      },
+    )
+    truncate_metrics(workdir / "metrics.jsonl", step)
+    self._metrics = MetricsWriter(workdir, tracker=config.tracker)
+    self._spans = [
+      span
+      for span in read_trace(workdir / "timeline.json")
+      if span.args["step"] < step
+    ]
+    self._evaluations = [
+      row for row in self._read_evaluations() if row["step"] <= step
+    ]
+    self._first_images: np.ndarray | None = None
+
+  def _read_evaluations(self) -> list[dict[str, Any]]:
+    path = self.workdir / "evaluation.json"
+    return json.loads(path.read_text()) if path.exists() else []
+
+  def stepped(self, row: dict[str, Any], spans: list[Span]) -> None:
+    """After every global step."""
+    self._metrics.write(row)
+    oldest = row["step"] - TIMELINE_STEPS
+    self._spans = [s for s in self._spans if s.args["step"] > oldest]
+    self._spans += spans
+    write_trace(self.workdir / "timeline.json", self._spans)
+
+  def evaluated(self, result: Evaluated) -> None:
+    """After an evaluation: its row and its pictures."""
+    rows = [r for r in self._evaluations if r["step"] != result.step]
+    self._evaluations = [*rows, result.row()]
+    write_json(self.workdir / "evaluation.json", self._evaluations)
+    self._metrics.evaluation(result.step, result.row())
+    shown = slice(self.config.eval.images)
+    labels = [
+      f"{reward:.2f} {prompt}"
+      for reward, prompt in zip(result.rewards[shown], result.prompts[shown])
+    ]
+    grid = media.image_grid(result.images[shown], labels=labels)
+    grid.save(self.workdir / "samples" / f"step_{result.step:06d}.png")
+
+  def explored(self, samples: Any) -> None:
+    """Best and worst sample of every group of a step, with their rewards."""
+    media.best_and_worst(
+      samples.images,
+      samples.rewards,
+      samples.prompts,
+      max_groups=self.config.eval.images,
+    ).save(self.workdir / "samples" / f"groups_{samples.step:06d}.png")
+
+  def summary(self) -> dict[str, Any]:
+    """Held-out reward of the first and the last evaluation."""
+    first, last = self._evaluations[0], self._evaluations[-1]
+    return {"before": first["reward_mean"], "after": last["reward_mean"]}
+
+  def close(self) -> None:
+    """Flushes the writers."""
+    self._metrics.close()

@@ -1,0 +1,78 @@
+"""Pictures from a policy: fixed noise, deterministic sampler, in batches."""
+
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from digen_jax import policy
+from digen_jax.parallel.mesh import batch_sharding, padded_size, replicated
+from digen_jax.types import Conditioning
+
+
+class Sampler:
+  """`policy.sample` on one mesh, for any number of prompts."""
+
+  def __init__(
+    self,
+    recipe: policy.Recipe,
+    mesh: Mesh,
+    frozen: Any,
+    decoder: Any,
+    *,
+    batch_size: int = 64,
+  ):
+    """Compiles nothing yet.
+
+    Args:
+      recipe: the run.
+      mesh: where to sample.
+      frozen: parameters that are not trained, placed on the mesh.
+      decoder: autoencoder parameters, placed on the mesh.
+      batch_size: samples per call, rounded up to what the mesh divides.
+    """
+    self._mesh, self._frozen, self._decoder = mesh, frozen, decoder
+    self._batch_size = padded_size(batch_size, mesh)
+    self._sample = jax.jit(
+      functools.partial(policy.sample, recipe),
+      out_shardings=batch_sharding(mesh),
+    )
+
+  def __call__(
+    self,
+    trainable: Any,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    seed: int,
+    index: np.ndarray | None = None,
+  ) -> np.ndarray:
+    """Samples one image per row.
+
+    Args:
+      trainable: parameters on the mesh.
+      conditioning: [N, ...] host arrays.
+      negative: [1, ...] host arrays, with classifier-free guidance.
+      seed: of the noise.
+      index: [N] number of each sample, which with the seed fixes its noise;
+        by default 0 ... N-1.
+
+    Returns:
+      [N, H, W, 3] uint8.
+    """
+    count = len(conditioning.text)
+    index = np.arange(count) if index is None else index
+    spread, whole = batch_sharding(self._mesh), replicated(self._mesh)
+    fixed = jax.device_put((negative, np.uint32(seed)), whole)
+    images = []
+    for first in range(0, count, self._batch_size):
+      # The last batch repeats its last row: one shape, one compilation.
+      rows = np.minimum(np.arange(first, first + self._batch_size), count - 1)
+      batch = jax.tree.map(lambda x: x[rows], conditioning)  # noqa: B023
+      batch, number = jax.device_put(
+        (batch, index[rows].astype(np.uint32)), spread
+      )
+      args = (trainable, self._frozen, self._decoder, batch, *fixed, number)
+      images.append(np.asarray(self._sample(*args)))
+    return np.concatenate(images)[:count]

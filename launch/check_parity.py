@@ -1,0 +1,39 @@
+"""Checks our models against recorded outputs of their diffusers reference.
+
+Each case is a diffusers module directory (config.json and safetensors) with
+inputs.npz, outputs.npz and, if there, meta.json. Prints one line an output;
+exits 1 if any is out of tolerance.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import app, flags
+
+from digen_jax.errors import UserError
+from digen_jax.weights import parity
+
+_CASE = flags.DEFINE_multi_string("case", None, "A case's directory.")
+flags.mark_flag_as_required("case")
+
+
+def main(_: list[str]) -> None:
+  passed = True
+  try:
+    for case in _CASE.value:
+      for result in parity.check_case(case):
+        passed &= result.passed
+        print(
+          f"{Path(case).resolve().name} {result.output} "
+          f"max_abs={result.max_abs:.2e} rel={result.relative:.2e} "
+          f"tol={result.tolerance:.2e} {'PASS' if result.passed else 'FAIL'}",
+          flush=True,
+        )
+  except UserError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+  sys.exit(not passed)
+
+
+if __name__ == "__main__":
+  app.run(main)

@@ -1,0 +1,58 @@
+"""Images from a diffusers pipeline directory or from a run.
+
+  python launch/sample.py --checkpoint=runs/first --prompts=prompts.txt \\
+    --out=pictures
+
+The sampler is deterministic; the noise of picture i follows from --seed and i.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import flags
+
+from digen_jax.launching import run_main, start_devices
+
+_CHECKPOINT = flags.DEFINE_string(
+  "checkpoint", None, "Diffusers pipeline directory, or directory of a run."
+)
+_PROMPTS = flags.DEFINE_string("prompts", None, "Prompt file, one per line.")
+_OUT = flags.DEFINE_string("out", None, "Directory for the pictures.")
+_STEPS = flags.DEFINE_integer("num_steps", 20, "Denoising steps.")
+_HEIGHT = flags.DEFINE_integer("height", None, "Pixels; default: the run's.")
+_WIDTH = flags.DEFINE_integer("width", None, "Pixels; default: the run's.")
+_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
+_REPEATS = flags.DEFINE_integer("samples_per_prompt", 1, "Pictures a prompt.")
+_GUIDANCE = flags.DEFINE_float(
+  "guidance_scale", None, "Classifier-free guidance; 1 is off."
+)
+flags.mark_flags_as_required(["checkpoint", "prompts", "out"])
+
+
+def main() -> None:
+  start_devices(1)
+  from digen_jax import jobs
+
+  sampling = {
+    "height": _HEIGHT.value,
+    "width": _WIDTH.value,
+    "guidance_scale": _GUIDANCE.value,
+  }
+  count = jobs.sample_prompts(
+    _CHECKPOINT.value,
+    _PROMPTS.value,
+    _OUT.value,
+    overrides={
+      "sampling": {k: v for k, v in sampling.items() if v is not None},
+      "eval": {"num_steps": _STEPS.value},
+    },
+    seed=_SEED.value,
+    samples_per_prompt=_REPEATS.value,
+  )
+  print(f"{count} pictures and grid.png in {_OUT.value}")
+
+
+if __name__ == "__main__":
+  run_main(main)

@@ -1,0 +1,54 @@
+"""Configs: conversion and checks."""
+
+import pytest
+
+from digen_jax.config import Config, default_config, from_config_dict, to_dict
+from digen_jax.errors import UserError
+
+
+def test_defaults_round_trip():
+  assert from_config_dict(default_config()) == Config()
+  assert from_config_dict(to_dict(Config())) == Config()
+
+
+def test_a_typo_in_a_file_is_an_error():
+  config = default_config()
+  with pytest.raises(AttributeError, match="group_size"):
+    config.batch.grup_size = 3
+
+
+@pytest.mark.parametrize(
+  ("values", "words"),
+  [
+    ({"sed": 1}, r"config\.sed: did you mean config\.seed\?"),
+    (
+      {"batch": {"grup_size": 4}},
+      r"config\.batch\.grup_size: did you mean config\.batch\.group_size\?",
+    ),
+    ({"batch": 3}, "is a section with fields prompts, group_size"),
+    ({"steps": "many"}, "takes a value of type int; got 'many'"),
+    ({"steps": True}, "type int; got True"),
+    ({"steps": 0}, "must be at least 1"),
+    ({"batch": {"group_size": 1}}, "group_size must be at least 2"),
+    ({"sampling": {"kernel": "sde"}}, "must be one of 'flow_sde'"),
+    ({"sampling": {"noise_level": 0.0}}, "noise_level must be positive"),
+    ({"sampling": {"window": 10}}, "does not fit"),
+    ({"sampling": {"window": 3, "window_first": 2}}, "does not fit"),
+    ({"sampling": {"window_first": 10}}, "never trained"),
+    ({"train": {"updates_per_batch": 3}}, "does not divide"),
+    ({"train": {"ema_decay": 1.0}}, r"in \[0, 1\)"),
+    ({"train": {"lora_targets": "q"}}, "takes a list of strings"),
+    ({"pipeline": {"generate_size": 3}}, "must divide the group size 8"),
+    ({"pipeline": {"train_size": 24}}, "multiple of it that divides"),
+    ({"dtype": {"compute": "float16"}}, "must be one of"),
+  ],
+)
+def test_bad_values_say_what_is_wrong(values, words):
+  with pytest.raises(UserError, match=words):
+    from_config_dict(values)
+
+
+def test_integers_stand_for_floats():
+  config = from_config_dict({"train": {"learning_rate": 1}})
+  assert config.train.learning_rate == 1.0
+  assert isinstance(config.train.learning_rate, float)

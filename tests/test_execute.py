@@ -1,0 +1,115 @@
+"""The executor: the same schedule as the simulator, and failures."""
+
+import dataclasses
+
+import pytest
+
+from digen_jax.pipeline.costs import WINDOW, Costs
+from digen_jax.pipeline.execute import UnitError, run_step
+from digen_jax.pipeline.scheduler import Lane, start_step
+from digen_jax.pipeline.simulate import simulate
+from digen_jax.pipeline.units import Kind, Unit, Workload
+from digen_jax.timeline import lane_accounting
+
+LANES = (
+  Lane("rollout", frozenset({Kind.GENERATE})),
+  Lane("trainer", frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})),
+  Lane("host", frozenset({Kind.SCORE}), slots=2),
+)
+COST = {
+  Kind.GENERATE: 5,
+  Kind.SCORE: 2,
+  Kind.TRAIN: 3,
+  Kind.UPDATE: 4,
+  Kind.PUBLISH: 1,
+}
+WORK = Workload(groups=5, group_size=2, window=2, gap=True)
+
+
+class Clock:
+  """Time that passes one tick at each look: no test waits for real time."""
+
+  def __init__(self):
+    self.now = 0
+
+  def __call__(self):
+    return self.now
+
+
+@dataclasses.dataclass
+class Job:
+  """A handle that ends at a tick of the clock."""
+
+  clock: Clock
+  end: int
+  error: Exception | None = None
+  finished: int = 0
+
+  def ready(self):
+    return self.clock.now >= self.end
+
+  def finish(self):
+    self.finished += 1
+    if self.error:
+      raise self.error
+    return frozenset()
+
+
+def run(monkeypatch, fail=None):
+  clock, jobs = Clock(), []
+
+  def tick(_):
+    clock.now += 1
+
+  monkeypatch.setattr("time.sleep", tick)
+
+  def begin(lane, unit):
+    del lane
+    error = ValueError("no memory") if unit == fail else None
+    jobs.append(Job(clock, clock.now + COST[unit.kind], error))
+    return jobs[-1]
+
+  costs = Costs()
+  spans, state = run_step(
+    start_step(WORK, 0), LANES, dict.fromkeys(Kind, begin), costs, clock
+  )
+  return spans, state, jobs, costs
+
+
+def test_executes_what_the_simulator_predicts(monkeypatch):
+  spans, _, jobs, costs = run(monkeypatch)
+  assert all(job.finished == 1 for job in jobs)
+  predicted = simulate(start_step(WORK, 0), LANES, costs)
+  key = lambda s: (s.name, s.args["unit"])  # noqa: E731
+  assert {key(s): (s.start, s.end) for s in spans} == {
+    key(s): (s.start, s.end) for s in predicted
+  }
+
+
+def test_time_is_accounted_for(monkeypatch):
+  spans, *_ = run(monkeypatch)
+  end = max(s.end for s in spans)
+  for lane in lane_accounting(spans, ["rollout", "trainer"], 0, end).values():
+    assert lane.busy + lane.idle + lane.switch + lane.sync == end
+
+
+def test_a_failed_unit_is_named_and_nothing_is_left_running(monkeypatch):
+  failing = Unit(Kind.TRAIN, 0, 2, 4, 0, 1)
+  with pytest.raises(
+    UnitError, match=r"train unit of samples 2:4 .*'trainer': no memory"
+  ):
+    run(monkeypatch, fail=failing)
+
+
+def test_costs_ignore_an_outlier_and_scale_to_other_sizes():
+  costs = Costs()
+  unit = Unit(Kind.TRAIN, 0, 0, 8, 0, 2)
+  for seconds in (1.0, 1.1, 60.0, 0.9, 1.0):
+    costs.observe("trainer", unit, seconds)
+  assert costs("trainer", unit) == 1.0
+  half = dataclasses.replace(unit, last=1)
+  assert costs("trainer", half) == 0.5
+  assert costs("other", unit) == 0.0
+  for _ in range(WINDOW):
+    costs.observe("trainer", unit, 3.0)
+  assert costs("trainer", unit) == 3.0
