@@ -118,8 +118,7 @@ def evaluate_run(
     base.images[:GRID],
     trained.images[:GRID],
     texts[:GRID],
-    base.rewards[:GRID],
-    trained.rewards[:GRID],
+    (base.rewards[:GRID], trained.rewards[:GRID]),
   ).save(out / "before_after.png")
   return base, trained
 

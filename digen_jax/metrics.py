@@ -19,8 +19,8 @@ from typing import Any, Protocol, TextIO
 
 import numpy as np
 
+from digen_jax.atomic import write_text
 from digen_jax.errors import UserError
-from digen_jax.timeline import write_text
 
 # Every row of metrics.jsonl has these, in this order; more may follow.
 FIELDS = (
@@ -295,7 +295,7 @@ class Progress:
   """Where a run stands: one line that renews itself, or lines of a log.
 
   On a terminal the line is redrawn in place. Elsewhere a line is printed for
-  the first step, then at most every few seconds, and for the last.
+  the first step, then at most every few seconds, and at the end.
   """
 
   WINDOW = 8  # steps that the shown reward and pace are means of
@@ -309,7 +309,7 @@ class Progress:
     rewards: Sequence[float | None] = (),
     stream: TextIO | None = None,
   ):
-    """Prints nothing yet.
+    """Shows the step that is under way.
 
     Args:
       total: global steps of the whole run.
@@ -323,8 +323,10 @@ class Progress:
     self._bar = "━╌" if _can_write("━╌", self._stream) else "#."
     self._rewards = [r for r in rewards if r is not None]
     self._seconds: list[float] = []
-    self._line = ""
     self._logged, self._log_next = "", -math.inf
+    self._line = f"step {start}/{total}  ..."
+    if self._terminal:
+      self._write(self._line)
 
   def update(self, step: int, row: Mapping[str, Any]) -> None:
     """Shows that `step` steps are done.

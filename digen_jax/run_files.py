@@ -9,18 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from digen_jax import media
+from digen_jax.atomic import write_text
 from digen_jax.config import Config, to_dict
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated
 from digen_jax.metrics import MetricsWriter, truncate_metrics
-from digen_jax.timeline import Span, read_trace, write_trace
+from digen_jax.timeline import Span, Timeline
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
-TIMELINE_STEPS = 64  # the newest; one of every step would grow for ever
 # What a resumed run must share with the one it goes on with: it decides what
 # the arrays of a checkpoint mean, or what has been drawn so far.
 FIXED = ("seed", "checkpoint", "batch", "train.lora_rank", "train.ema_decay")
@@ -60,13 +59,6 @@ def check_resumable(
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-  """Writes a file at once or not at all."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(value, indent=2) + "\n")
-  os.replace(temporary, path)
-
-
 def describe(meshes: Mapping[str, Mesh]) -> str:
   """E.g. "rollout data=1, trainer fsdp=1"."""
   return ", ".join(
@@ -93,8 +85,8 @@ class RunFiles:
     its last checkpoint is dropped, and will be written again."""
     self.workdir, self.config = workdir, config
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
-    write_json(
-      workdir / "config.json",
+    self._write_json(
+      "config.json",
       {
         "config": to_dict(config),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
@@ -103,17 +95,15 @@ class RunFiles:
         "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
       },
     )
-    truncate_metrics(workdir / "metrics.jsonl", step)
-    self._metrics = MetricsWriter(workdir, tracker=config.tracker)
-    self._spans = [
-      span
-      for span in read_trace(workdir / "timeline.json")
-      if span.args["step"] < step
-    ]
+    rows = truncate_metrics(workdir / "metrics.jsonl", step)
+    self.rewards = [row.get("reward_mean") for row in rows]
+    self._metrics = MetricsWriter(
+      workdir, tracker=config.tracker, config=to_dict(config), step=step
+    )
+    self._timeline = Timeline(workdir / "timeline.json", step)
     self._evaluations = [
       row for row in self._read_evaluations() if row["step"] <= step
     ]
-    self._first_images: np.ndarray | None = None
 
   def _read_evaluations(self) -> list[dict[str, Any]]:
     path = self.workdir / "evaluation.json"
@@ -122,39 +112,40 @@ class RunFiles:
   def stepped(self, row: dict[str, Any], spans: list[Span]) -> None:
     """After every global step."""
     self._metrics.write(row)
-    oldest = row["step"] - TIMELINE_STEPS
-    self._spans = [s for s in self._spans if s.args["step"] > oldest]
-    self._spans += spans
-    write_trace(self.workdir / "timeline.json", self._spans)
+    self._timeline.add(spans)
 
   def evaluated(self, result: Evaluated) -> None:
     """After an evaluation: its row and its pictures."""
     rows = [r for r in self._evaluations if r["step"] != result.step]
     self._evaluations = [*rows, result.row()]
-    write_json(self.workdir / "evaluation.json", self._evaluations)
+    self._write_json("evaluation.json", self._evaluations)
     self._metrics.evaluation(result.step, result.row())
     shown = slice(self.config.eval.images)
     labels = [
       f"{reward:.2f} {prompt}"
       for reward, prompt in zip(result.rewards[shown], result.prompts[shown])
     ]
-    grid = media.image_grid(result.images[shown], labels=labels)
-    grid.save(self.workdir / "samples" / f"step_{result.step:06d}.png")
+    media.save_image(
+      self.workdir / "samples" / f"step_{result.step:06d}.png",
+      media.image_grid(result.images[shown], labels=labels),
+    )
 
   def explored(self, samples: Any) -> None:
     """Best and worst sample of every group of a step, with their rewards."""
-    media.best_and_worst(
-      samples.images,
-      samples.rewards,
-      samples.prompts,
-      max_groups=self.config.eval.images,
-    ).save(self.workdir / "samples" / f"groups_{samples.step:06d}.png")
+    media.save_image(
+      self.workdir / "samples" / f"groups_{samples.step:06d}.png",
+      media.best_and_worst(samples.images, samples.rewards, samples.prompts),
+    )
 
   def summary(self) -> dict[str, Any]:
     """Held-out reward of the first and the last evaluation."""
     first, last = self._evaluations[0], self._evaluations[-1]
     return {"before": first["reward_mean"], "after": last["reward_mean"]}
 
+  def _write_json(self, name: str, value: Any) -> None:
+    write_text(self.workdir / name, json.dumps(value, indent=2) + "\n")
+
   def close(self) -> None:
-    """Flushes the writers."""
+    """Writes what is held back."""
+    self._timeline.flush()
     self._metrics.close()

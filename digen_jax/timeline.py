@@ -7,15 +7,17 @@ steps are kept, and `otherData` in the file says how many.
 
 import dataclasses
 import json
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from digen_jax.atomic import write_text
+
 NAMES = ("generate", "score", "train", "update", "publish", "switch")
 KEEP_STEPS = 64
 MICRO = 1e6
+RESOLUTION = 1e-6  # seconds; the file is rounded to less than that
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,13 +116,10 @@ def slots(spans: Sequence[Span]) -> list[int]:
   free: dict[str, list[float]] = {}
   for i in sorted(range(len(spans)), key=lambda i: spans[i].start):
     ends = free.setdefault(spans[i].lane, [])
-    for row, until in enumerate(ends):
-      if until <= spans[i].start:
-        break
-    else:
-      row = len(ends)
-      ends.append(0.0)
-    ends[row], rows[i] = spans[i].end, row
+    begin = spans[i].start + RESOLUTION
+    row = next((r for r, end in enumerate(ends) if end <= begin), len(ends))
+    ends[row:] = [spans[i].end, *ends[row + 1 :]]
+    rows[i] = row
   return rows
 
 
@@ -236,7 +235,7 @@ class Timeline:
     """Appends the spans of a step, whose clock may have any origin.
 
     The file is rewritten, but not so often as to take more than a twentieth of
-    the time; `close` writes what is missing.
+    the time; `flush` writes what is missing.
     """
     if not spans:
       return
@@ -252,21 +251,10 @@ class Timeline:
     self.spans = last_steps([*self.spans, *moved], self._keep)
     began = time.monotonic()
     if began >= self._next_write:
-      self.close()
+      self.flush()
       ended = time.monotonic()
       self._next_write = ended + 19 * (ended - began)
 
-  def close(self) -> None:
+  def flush(self) -> None:
     """Writes the file."""
     write_trace(self._path, self.spans, keep_steps=self._keep)
-
-
-def write_text(path: str | Path, text: str) -> None:
-  """Writes a file so that a kill leaves the old content or the new."""
-  path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-  with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -1,5 +1,6 @@
 """The training run: assemble, place, resume, loop, report."""
 
+import dataclasses
 import time
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.evaluation import Evaluated, evaluate, select
-from digen_jax.metrics import Progress
+from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_optimizer, make_schedule
 from digen_jax.parallel.mesh import make_meshes
 from digen_jax.pipeline.costs import Costs
@@ -58,6 +59,7 @@ class Run:
     """
     self.config, self.workdir = config, Path(workdir)
     run_files.check_workdir(self.workdir)
+    check_tracker(config.tracker)
     self.meshes = make_meshes(
       config.pipeline.mode, config.mesh.rollout, config.mesh.trainer
     )
@@ -184,9 +186,15 @@ class Run:
   ) -> dict[str, Any]:
     samples, work = self.program.samples, self.work
     lanes = list(self.meshes)
-    accounting = lane_accounting(spans, lanes, start, end)
     seconds = end - start
     published = [s for s in spans if s.name == Kind.PUBLISH]
+    # Every lane takes part in a publish; the timeline shows it on one.
+    everywhere = [
+      dataclasses.replace(span, lane=lane)
+      for span in published
+      for lane in lanes
+    ]
+    accounting = lane_accounting([*spans, *everywhere], lanes, start, end)
     update = self.step * work.updates
     return {
       "step": self.step,
@@ -239,7 +247,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   files = run_files.RunFiles(run.workdir, config, run.meshes, run.step)
   logging.info("compiling for %s", run_files.describe(run.meshes))
   run.program.warm_up()
-  progress = Progress(config.steps, start=run.step)
+  progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:
     if run.step == 0:
       files.evaluated(run.evaluate())

@@ -77,7 +77,8 @@ def test_grpo_in_your_own_code():
     grads, metrics = dj.train_step(
       apply, params, batch, kernel=kernel, clip_range=1e-4
     )
-    changes, state = optimizer.update(grads, state)
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes int and float
+      changes, state = optimizer.update(grads, state)
     params = optax.apply_updates(params, changes)
     return params, state, rewards.mean(), dj.mean_metrics(metrics)
 

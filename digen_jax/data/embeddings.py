@@ -260,7 +260,8 @@ def _tokenize(
 def _read_cache(path: Path, key: str, dtype: np.dtype) -> Conditioning | None:
   """What the file holds, or None if it is absent, stale or damaged."""
   try:
-    with np.load(path, allow_pickle=False) as archive:
+    # Opened here: np.load leaves a damaged file open.
+    with open(path, "rb") as file, np.load(file) as archive:
       if str(archive["key"]) != key:
         return None
       # Bytes: numpy's format does not know bfloat16.

@@ -1,0 +1,394 @@
+"""`report.html`: a run on one page that loads nothing from elsewhere.
+
+It is made from the files of a run, and from as many of them as there are: a
+run that has only begun, or was made without pictures, has a report as well.
+"""
+
+import base64
+import io
+import json
+import statistics
+from collections.abc import Mapping, Sequence
+from html import escape
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from digen_jax.errors import UserError
+from digen_jax.metrics import format_seconds
+from digen_jax.run_record import (
+  RunRecord,
+  column,
+  curve,
+  load_run,
+  smooth,
+  splits,
+)
+from digen_jax.svg import BUBBLE, Series, lanes_chart, line_chart, number
+from digen_jax.timeline import (
+  Span,
+  lane_accounting,
+  merge,
+  write_text,
+)
+
+SHOWN_STEPS = 8  # of the timeline
+SHOWN_SPANS = 6000
+SHOWN_IMAGES = 8  # of a series of sample grids
+IMAGE_BYTES = 1 << 20  # a larger picture is embedded smaller, as JPEG
+PANELS = (
+  ("ratio_max_abs_log", "Largest |log ratio|, first update"),
+  ("clip_fraction", "Clipped fraction"),
+  ("kl", "KL to the reference"),
+  ("grad_norm", "Gradient norm"),
+  ("reward_std", "Reward standard deviation"),
+  ("step_seconds", "Seconds per step"),
+)
+
+
+def write_report(workdir: str | Path) -> Path:
+  """Writes `report.html` into the directory of a run, and returns its path.
+
+  Raises:
+    UserError: there is no such directory.
+  """
+  workdir = Path(workdir)
+  if not workdir.is_dir():
+    raise UserError(
+      f"no run in {workdir}: there is no such directory; name the --workdir of "
+      "a run"
+    )
+  path = workdir / "report.html"
+  write_text(path, render(load_run(workdir)))
+  return path
+
+
+def render(run: RunRecord) -> str:
+  """The page."""
+  assets = resources.files("digen_jax") / "assets" / "report"
+  sections = (
+    ("Reward by step", _rewards(run)),
+    ("Samples", _samples(run)),
+    ("Lanes", _lanes(run)),
+    ("Training", _panels(run)),
+    ("Configuration", _config(run.config)),
+  )
+  body = "".join(
+    f"<section><h2>{title}</h2>{content}</section>"
+    for title, content in sections
+    if content
+  )
+  if run.unreadable:
+    body += f'<p class="note">Could not read {", ".join(run.unreadable)}.</p>'
+  return (
+    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+    '<meta name="viewport" content="width=device-width, initial-scale=1">'
+    f"<title>{escape(run.name)} · digen_jax</title>"
+    f"<style>{(assets / 'style.css').read_text('utf-8')}</style></head><body>"
+    f"{BUBBLE}<main>{_header(run)}{_figures(run)}{body}</main>"
+    f"<script>{(assets / 'picker.js').read_text('utf-8')}</script>"
+    "</body></html>\n"
+  )
+
+
+def _header(run: RunRecord) -> str:
+  config = run.config.get("config", run.config)
+  total, done = config.get("steps"), run.rows[-1]["step"] + 1 if run.rows else 0
+  facts = [f"step {done:,}" + (f" of {total:,}" if total else "")]
+  if checkpoint := config.get("checkpoint"):
+    facts.append(Path(str(checkpoint)).name)
+  facts += [
+    str(config[section][name])
+    for section, name in (("sampling", "kernel"), ("pipeline", "mode"))
+    if name in config.get(section, {})
+  ]
+  devices = run.config.get("devices", [])
+  if isinstance(devices, list) and devices:
+    facts.append(f"{len(devices)} × {devices[0]}")
+  return (
+    f"<header><h1>{escape(run.name)}</h1>"
+    f"<p>{escape(' · '.join(facts))}</p></header>"
+  )
+
+
+def _figures(run: RunRecord) -> str:
+  """Key figures, as cards."""
+  cards = []
+  for split, points in splits(run).items():
+    name = f"{split} reward".capitalize()
+    cards.append(_change_card(name, [y for _, y in points]))
+  rewards = column(run.rows, "reward_mean")
+  if rewards:
+    few = max(1, min(10, len(rewards) // 4))
+    ends = [
+      statistics.fmean(y for _, y in part)
+      for part in (rewards[:few], rewards[-few:])
+    ]
+    cards.append(_change_card("Training reward", ends))
+  if seconds := [y for _, y in column(run.rows, "step_seconds")]:
+    samples = sum(y for _, y in column(run.rows, "samples"))
+    cards += [
+      ("Seconds per step", number(statistics.median(seconds)), "median"),
+      (
+        "Samples",
+        f"{samples:,}",
+        f"{number(samples / sum(seconds))} per second",
+      ),
+      (
+        "Time in steps",
+        format_seconds(sum(seconds)),
+        f"{len(seconds):,} steps",
+      ),
+    ]
+  if ratios := column(run.rows, "ratio_max_abs_log"):
+    worst = max(y for _, y in ratios)
+    cards.append(("Largest |log ratio|", number(worst), "first updates"))
+  return (
+    '<div class="cards">'
+    + "".join(
+      f'<div class="card"><span>{escape(name)}</span><b>{value}</b>'
+      f"<small>{about}</small></div>"
+      for name, value, about in cards
+    )
+    + "</div>"
+  )
+
+
+def _change_card(name: str, values: Sequence[Any]) -> tuple[str, str, str]:
+  values = [v for v in values if v is not None]
+  if not values:
+    return name, "–", "not measured"
+  if len(values) == 1:
+    return name, f"{values[0]:.3f}", "measured once"
+  change = values[-1] - values[0]
+  kind = "up" if change >= 0 else "down"
+  return (
+    name,
+    f"{values[-1]:.3f}",
+    f'from {values[0]:.3f} <em class="{kind}">{change:+.3f}</em>',
+  )
+
+
+def _rewards(run: RunRecord) -> str:
+  """Training and held-out reward against steps."""
+  train = curve(run.rows, "reward_mean")
+  series = []
+  if len(train) >= 8:
+    series = [
+      Series("this step", "var(--train-curve)", train, faint=True),
+      Series("training, smoothed", "var(--train-curve)", smooth(train)),
+    ]
+  elif train:
+    series = [Series("training", "var(--train-curve)", train, marked=True)]
+  colors = ("var(--eval-curve)", "var(--update)", "var(--publish)")
+  for i, (split, points) in enumerate(splits(run).items()):
+    label = f"{split}, fixed noise"
+    series.append(
+      Series(label, colors[i % len(colors)], points, marked=len(points) < 60)
+    )
+  chart = line_chart(series, 1080, 350)
+  if not chart:
+    return '<p class="note">No step has finished yet.</p>'
+  return _legend([(s.label, s.color) for s in series if not s.faint]) + _wide(
+    chart
+  )
+
+
+def _legend(entries: Sequence[tuple[str, str]]) -> str:
+  return (
+    '<p class="legend">'
+    + "".join(
+      f'<span><i style="background:{color}"></i>{escape(label)}</span>'
+      for label, color in entries
+    )
+    + "</p>"
+  )
+
+
+def _wide(chart: str) -> str:
+  """A drawing that is scrolled rather than shrunk on a narrow page."""
+  return f'<div class="wide">{chart}</div>'
+
+
+def _samples(run: RunRecord) -> str:
+  """First and last picture of every series, the ones between to choose."""
+  parts = []
+  for name, found in sorted(
+    run.images.items(), key=lambda item: item[0] != "step"
+  ):
+    shown = _spread(found, SHOWN_IMAGES)
+    if name == "step" and len(shown) > 1:
+      first = _figure(shown[0], "Before")
+      later = [(f"step {s}", _figure((s, p), "After")) for s, p in shown[1:]]
+      parts.append(f'<div class="pair">{first}{_picker(later)}</div>')
+    elif name == "step":
+      parts.append(_figure(shown[0], "Fixed prompts and noise"))
+    else:
+      title = {"groups": "Best and worst of each group"}.get(name, name)
+      panels = [(f"step {s}", _figure((s, p), "Samples")) for s, p in shown]
+      parts.append(
+        f"<details><summary>{escape(title)}</summary>{_picker(panels)}</details>"
+      )
+  return "".join(parts)
+
+
+def _spread(items: Sequence[Any], most: int) -> list[Any]:
+  """At most `most` items, evenly spread, with the first and the last."""
+  if len(items) <= most:
+    return list(items)
+  return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _figure(image: tuple[int, Path], title: str) -> str:
+  step, path = image
+  caption = f"{title}, step {step}"
+  return (
+    f"<figure><figcaption>{escape(caption)}</figcaption>"
+    f'<img alt="{escape(caption)}" src="{_data_url(path)}"></figure>'
+  )
+
+
+def _data_url(path: Path) -> str:
+  data, kind = path.read_bytes(), "png"
+  if len(data) > IMAGE_BYTES:
+    buffer = io.BytesIO()
+    with Image.open(path) as image:
+      image = image.convert("RGB")
+      image.thumbnail((1600, 4000))
+      image.save(buffer, format="JPEG", quality=85)
+    data, kind = buffer.getvalue(), "jpeg"
+  return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
+
+
+def _picker(panels: Sequence[tuple[str, str]]) -> str:
+  """Panels of which one is visible, the last at first, and a slider."""
+  control = (
+    '<div class="control"><button aria-label="earlier">‹</button>'
+    f'<input type="range" min="0" max="{len(panels) - 1}" '
+    f'value="{len(panels) - 1}" aria-label="step">'
+    '<button aria-label="later">›</button>'
+    f"<output>{escape(panels[-1][0])}</output></div>"
+  )
+  return (
+    '<div class="picker">'
+    + (control if len(panels) > 1 else "")
+    + "".join(
+      f'<div class="panel" data-name="{escape(name)}"'
+      f"{'' if i == len(panels) - 1 else ' hidden'}>{content}</div>"
+      for i, (name, content) in enumerate(panels)
+    )
+    + "</div>"
+  )
+
+
+def _lanes(run: RunRecord) -> str:
+  """Where the time went: shares per lane, and the last steps unit by unit."""
+  shares = _shares(run)
+  if not shares:
+    return ""
+  bars = "".join(
+    f'<div class="share"><b>{escape(lane)}</b><span>'
+    + "".join(
+      f'<i class="{kind}" style="width:{100 * part:.2f}%" '
+      f'title="{kind} {part:.1%}"></i>'
+      for kind, part in parts.items()
+    )
+    + f"</span><small>{parts['busy']:.0%} busy</small></div>"
+    for lane, parts in shares.items()
+  )
+  if not run.spans:
+    return bars
+  names = list(dict.fromkeys(span.name for span in run.spans))
+  legend = _legend(
+    [(name, f"var(--{name})") for name in names] + [("idle", "var(--hatch)")]
+  )
+  return bars + legend + _picker(_timelines(run.spans))
+
+
+def _shares(run: RunRecord) -> dict[str, dict[str, float]]:
+  """Fractions of the wall time of all kept steps, by lane."""
+  if not run.spans:
+    lanes: dict[str, list[float]] = {}
+    for row in run.rows:
+      for lane, value in (row.get("busy_fraction") or {}).items():
+        lanes.setdefault(lane, []).append(value or 0.0)
+    means = {lane: statistics.fmean(values) for lane, values in lanes.items()}
+    return {n: {"busy": m, "idle": 1 - m} for n, m in means.items()}
+  lanes = dict.fromkeys(span.lane for span in run.spans)
+  shares = {lane: dict.fromkeys(KINDS, 0.0) for lane in lanes}
+  # Between steps (evaluation, checkpoints) no lane has work: not idle time.
+  windows = merge(_extents(run.spans).values())
+  wall = sum(end - start for start, end in windows)
+  for start, end in windows:
+    for lane, parts in lane_accounting(run.spans, lanes, start, end).items():
+      for kind in KINDS:
+        shares[lane][kind] += getattr(parts, kind) / wall
+  return shares
+
+
+KINDS = ("busy", "switch", "sync", "idle")
+
+
+def _extents(spans: Sequence[Span]) -> dict[int, tuple[float, float]]:
+  """(start, end) of every step."""
+  extents: dict[int, tuple[float, float]] = {}
+  for span in spans:
+    low, high = extents.get(span.args["step"], (span.start, span.end))
+    extents[span.args["step"]] = min(low, span.start), max(high, span.end)
+  return dict(sorted(extents.items()))
+
+
+def _timelines(spans: Sequence[Span]) -> list[tuple[str, str]]:
+  """A panel for each of the last steps, on one time scale."""
+  extents = list(_extents(spans).items())[-SHOWN_STEPS:]
+  most = max(1, SHOWN_SPANS * len(extents) // max(len(spans), 1))
+  extents = extents[-most:]
+  seconds = max(end - start for _, (start, end) in extents)
+  panels = []
+  for step, (start, end) in extents:
+    near = [s for s in spans if s.start < end and s.end > start]
+    chart = lanes_chart(near, start, end, 1080, scale=seconds)
+    panels.append((f"step {step} · {number(end - start)} s", _wide(chart)))
+  return panels
+
+
+def _panels(run: RunRecord) -> str:
+  """Small charts of how training goes."""
+  parts = []
+  for name, title in PANELS:
+    points = curve(run.rows, name)
+    series = [Series("measured", "var(--train-curve)", points)]
+    if name == "step_seconds":
+      predicted = curve(run.rows, "predicted_step_seconds")
+      series.append(Series("predicted", "var(--eval-curve)", predicted))
+      title += " (in red: predicted)"
+    if chart := line_chart(series, 350, 170, zero=True):
+      parts.append(
+        f"<figure><figcaption>{escape(title)}</figcaption>{chart}</figure>"
+      )
+  return f'<div class="multiples">{"".join(parts)}</div>' if parts else ""
+
+
+def _config(config: Mapping[str, Any]) -> str:
+  if not config:
+    return ""
+  rows = "".join(
+    f"<tr><td>{escape(name)}</td><td>{escape(value)}</td></tr>"
+    for name, value in _leaves(config, "")
+  )
+  return (
+    "<details><summary>Every setting, library and device</summary>"
+    f"<table>{rows}</table></details>"
+  )
+
+
+def _leaves(value: Any, prefix: str) -> list[tuple[str, str]]:
+  if isinstance(value, Mapping) and value:
+    return [
+      leaf
+      for name, item in value.items()
+      for leaf in _leaves(item, f"{prefix}.{name}" if prefix else str(name))
+    ]
+  return [(prefix, value if isinstance(value, str) else json.dumps(value))]
