@@ -81,15 +81,17 @@ def assemble(config: Config) -> Assembly:
     remat=train.remat,
   )
   if adapted:
-    model = lora.add_lora(
+    model = lora.adapt(
       model,
       rank=train.lora_rank,
       alpha=train.lora_alpha,
-      targets=train.lora_targets or model.family.lora_targets,
+      targets=train.lora_targets,
       key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
     )
   autoencoder = load_autoencoder(config.checkpoint)
-  trainable, frozen = lora.split_trainable(model.params, lora_only=adapted)
+  trainable, frozen = lora.split_trainable(
+    model.params, "lora" if adapted else "full"
+  )
   weights = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
   recipe = _recipe(config, model, autoencoder, pipeline)
   return Assembly(config, model, autoencoder, weights, recipe, workload(config))

@@ -62,8 +62,7 @@ class Train:
     warmup_steps: linear warm-up, optimiser updates.
     lora_rank: rank of the adapters; 0 trains every parameter.
     lora_alpha: numerator of the LoRA scale alpha / rank.
-    lora_targets: regular expressions on module paths; empty means the
-      attention projections and feed-forwards of the family.
+    lora_targets: regular expressions searched for in module paths.
     updates_per_batch: optimiser updates per rollout batch; the first is
       on-policy.
     clip_range: PPO clip of the ratio, 1 +- clip_range.
@@ -82,7 +81,7 @@ class Train:
   warmup_steps: int = 0
   lora_rank: int = 0
   lora_alpha: float = 16.0
-  lora_targets: tuple[str, ...] = ()
+  lora_targets: tuple[str, ...] = ("attn", "ff")
   updates_per_batch: int = 1
   clip_range: float = 1e-4
   kl_weight: float = 0.0

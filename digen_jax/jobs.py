@@ -144,8 +144,8 @@ def export_run(run: str | Path, out: str | Path, merge: bool) -> None:
   weights = policy.assembly.weights
   params = join(policy.trainable, weights.frozen)
   if config.train.lora_rank:
-    params = merge_lora(policy.assembly.model, params)
-  export_pipeline(config.checkpoint, out, policy.assembly.model, params)
+    params = merge_lora(params, config.train.lora_alpha)
+  export_pipeline(config.checkpoint, out, params)
 
 
 def table(base: Evaluated, trained: Evaluated) -> str:

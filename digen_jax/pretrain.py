@@ -162,7 +162,7 @@ def flow_loss(graphdefs: GraphDefs) -> Loss:
     batch, variants = clip_ids.shape[:2]
     keys = jax.random.split(key, 3)
     chosen = jax.random.randint(keys[0], (batch,), 0, variants)
-    pick = lambda ids: ids[jnp.arange(batch), chosen]
+    row = jnp.arange(batch)
     sigma = jax.nn.sigmoid(jax.random.normal(keys[1], (batch,)))
     noise = jax.random.normal(keys[2], latents.shape)
     level = sigma[:, None, None, None]
@@ -171,7 +171,9 @@ def flow_loss(graphdefs: GraphDefs) -> Loss:
       params["transformer"],
       (1.0 - level) * latents + level * noise,
       sigma,
-      encode_text(graphdefs, params, pick(clip_ids), pick(t5_ids)),
+      encode_text(
+        graphdefs, params, clip_ids[row, chosen], t5_ids[row, chosen]
+      ),
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))
 

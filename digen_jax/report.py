@@ -122,11 +122,9 @@ def _figures(run: RunRecord) -> str:
   rewards = column(run.rows, "reward_mean")
   if rewards:
     few = max(1, min(10, len(rewards) // 4))
-    ends = [
-      statistics.fmean(y for _, y in part)
-      for part in (rewards[:few], rewards[-few:])
-    ]
-    cards.append(_change_card("Training reward", ends))
+    ends = [rewards[:few], rewards[-few:]][: len(rewards)]
+    means = [statistics.fmean(y for _, y in part) for part in ends]
+    cards.append(_change_card("Training reward", means))
   if seconds := [y for _, y in column(run.rows, "step_seconds")]:
     samples = sum(y for _, y in column(run.rows, "samples"))
     cards += [
@@ -139,7 +137,7 @@ def _figures(run: RunRecord) -> str:
       (
         "Time in steps",
         format_seconds(sum(seconds)),
-        f"{len(seconds):,} steps",
+        f"{len(seconds):,} step{'s' * (len(seconds) > 1)}",
       ),
     ]
   if ratios := column(run.rows, "ratio_max_abs_log"):

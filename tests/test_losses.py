@@ -64,7 +64,7 @@ def test_advantages_are_limited_to_five_unless_told_otherwise():
 def test_narrow_clip_ranges_keep_their_edge():
   """At 2e-6 the spacing of floats around 1 is 6 % of the range."""
   old = np.zeros(3, np.float32)
-  new = np.array([1.95e-6, 2.05e-6, -2.05e-6], np.float32)
+  new = np.array([1.98e-6, 2.02e-6, -2.02e-6], np.float32)
   loss, log_ratio = grpo_loss_rows(
     new, old, np.array([1, 1, -1], np.float32), clip_range=2e-6
   )

@@ -32,12 +32,13 @@ COLOURS = {
 SHAPES = ("circle", "square", "triangle")
 NUMBERS = ("a", "two", "three", "four")
 RELATIONS = ("left of", "right of", "above", "below")
-WORDS = tuple(
-  dict.fromkeys(
-    (*NUMBERS, "one", *COLOURS)
-    + tuple(shape + end for shape in SHAPES for end in ("", "s"))
-    + ("and", "left", "right", "of", "above", "below")
-  )
+WORDS = (
+  *NUMBERS,
+  "one",
+  *COLOURS,
+  *SHAPES,
+  *(shape + "s" for shape in SHAPES),
+  *("and", "left", "right", "of", "above", "below"),
 )
 MAX_OBJECTS = 4
 

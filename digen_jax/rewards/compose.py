@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
@@ -69,28 +69,34 @@ def parse(text: str) -> dict[str, float]:
 
 
 def compose(
-  rewards: str | Callable | Reward | Mapping[str, float],
+  rewards: str
+  | Callable
+  | Reward
+  | Mapping[str, float]
+  | Sequence[tuple[str | Callable | Reward, float]],
 ) -> Composite:
-  """One reward, or several as {spec: weight}, ready to score.
+  """One reward, or several as {spec: weight} or (spec, weight) pairs.
 
   Raises:
     UserError: no reward, a spec that `resolve_reward` refuses, two of the
       same name, or a weight that is not a finite number other than 0.
   """
-  if not isinstance(rewards, Mapping):
-    return Composite((resolve_reward(rewards),), (1.0,))
+  if isinstance(rewards, str | Reward) or callable(rewards):
+    rewards = {rewards: 1.0}
+  if isinstance(rewards, Mapping):
+    rewards = tuple(rewards.items())
   if not rewards:
     raise UserError('no reward given: name at least one, e.g. {"shapes": 1.0}')
-  for spec, weight in rewards.items():
+  for spec, weight in rewards:
     number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
     if not number or not math.isfinite(weight) or weight == 0:
       raise UserError(
         f'reward "{spec}" has weight {weight!r}: give a finite number other '
         "than 0, or leave the reward out"
       )
-  resolved = tuple(resolve_reward(spec) for spec in rewards)
+  resolved = tuple(resolve_reward(spec) for spec, _ in rewards)
   names = [reward.name for reward in resolved]
   for name in names:
     if names.count(name) > 1:
       raise UserError(f'reward "{name}" is given twice: add up its weights')
-  return Composite(resolved, tuple(float(w) for w in rewards.values()))
+  return Composite(resolved, tuple(float(weight) for _, weight in rewards))

@@ -55,7 +55,9 @@ def takes_pil(function: Callable) -> Callable:
 
 
 def to_uint8(images: np.ndarray) -> np.ndarray:
-  """Images in [0, 1] as uint8, clipped and rounded to nearest."""
+  """Images in [0, 1] as uint8, clipped and rounded; uint8 stays as it is."""
+  if images.dtype == np.uint8:
+    return images
   return np.rint(np.clip(images, 0, 1) * 255).astype(np.uint8)
 
 
@@ -116,14 +118,13 @@ def _import(source: str, spec: str):  # noqa: ANN202
     ) from error
 
 
-def score(
-  reward: Reward, images: np.ndarray, prompts: list[str]
-) -> np.ndarray:
+def score(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """Runs a reward on N images and checks its answer.
 
   Args:
     reward: what `resolve_reward` returned.
-    images: [N, H, W, 3] or [N, T, H, W, 3] float32 in [0, 1].
+    images: [N, H, W, 3] or [N, T, H, W, 3], float32 in [0, 1] or uint8; the
+      reward sees float32 in [0, 1], or PIL images (`takes_pil`).
     prompts: N strings.
 
   Returns:
@@ -138,8 +139,11 @@ def score(
       f'reward "{reward.name}" was given {len(images)} images and '
       f"{len(prompts)} prompts: give one prompt per image"
     )
+  images = np.asarray(images)
   if getattr(reward.function, "takes_pil", False):
     images = [Image.fromarray(image) for image in to_uint8(images)]
+  elif images.dtype == np.uint8:
+    images = images.astype(np.float32) / 255
   try:
     answer = reward.function(images, list(prompts))
     if inspect.isawaitable(answer):

@@ -172,14 +172,18 @@ def _noise(
 
 
 def _store(buffer: jax.Array, slot: jax.Array, rows: jax.Array) -> jax.Array:
-  """Writes rows [B, ...] to buffer [B, W, ...] at slot [B], if inside."""
+  """Writes rows [B, ...] to buffer [B, W, ...] at slot [B], where it exists."""
   if buffer.shape[1] == 0:
     return buffer
-  outside = jnp.int32(buffer.shape[1])
-  slot = jnp.where(slot < 0, outside, slot)
-  return jax.vmap(lambda b, i, row: b.at[i].set(row, mode="drop"))(
-    buffer, slot, rows
-  )
+
+  def write(
+    row_buffer: jax.Array, slot: jax.Array, row: jax.Array
+  ) -> jax.Array:
+    return row_buffer.at[slot].set(
+      row, mode="drop", wrap_negative_indices=False
+    )
+
+  return jax.vmap(write)(buffer, slot, rows)
 
 
 def _checked_schedule(sigmas: jax.Array) -> jax.Array:

@@ -8,7 +8,7 @@ is read alone.
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,95 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from digen_jax.errors import UserError
-from digen_jax.models import Model, abstract_model, find_family, vae
+from digen_jax.models import (
+  FAMILIES,
+  Family,
+  Model,
+  abstract_model,
+  find_family,
+  vae,
+)
 from digen_jax.models.layers import Params
 from digen_jax.models.vae import autoencoder_kl
 from digen_jax.weights import names, safetensors
 from digen_jax.weights.names import Entry, NameMap
 from digen_jax.weights.safetensors import Tensor
+
+# What makes up a pipeline on disk: any one file of each tuple is enough.
+WEIGHTS = tuple(
+  f"{stem}.safetensors{suffix}"
+  for stem in safetensors.STEMS
+  for suffix in ("", ".index.json")
+)
+TOKENIZER = ("tokenizer.json", "vocab.json", "spiece.model")
+COMPONENT_FILES = {
+  "transformer": (("config.json",), WEIGHTS),
+  "vae": (("config.json",), WEIGHTS),
+  "scheduler": (("scheduler_config.json",),),
+  "text_encoder": (("config.json",), WEIGHTS),
+  "text_encoder_2": (("config.json",), WEIGHTS),
+  "tokenizer": (TOKENIZER,),
+  "tokenizer_2": (TOKENIZER,),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineConfig:
+  """What a pipeline directory says about itself.
+
+  Attributes:
+    path: of the directory.
+    family: of its transformer.
+    index: content of `model_index.json`.
+    scheduler: content of `scheduler/scheduler_config.json`.
+  """
+
+  path: Path
+  family: Family
+  index: dict[str, Any]
+  scheduler: dict[str, Any]
+
+
+def load_pipeline_config(
+  path: str | Path, components: Sequence[str] = tuple(COMPONENT_FILES)
+) -> PipelineConfig:
+  """Reads a pipeline's index and checks that its files are there.
+
+  Args:
+    path: a diffusers pipeline directory.
+    components: what is needed of it.
+
+  Raises:
+    UserError: no pipeline, one of another family, or missing files (all of
+      them are listed).
+  """
+  path = Path(path)
+  if not path.is_dir():
+    raise UserError(f"checkpoint directory {path} does not exist")
+  index = read_json(path / "model_index.json")
+  pipelines = {f.pipeline_name: f for f in FAMILIES.values()}
+  name = index.get("_class_name")
+  if name not in pipelines:
+    raise UserError(
+      f"{path} holds a {name}, which is not supported; supported: "
+      f"{', '.join(sorted(pipelines))}"
+    )
+  missing = [
+    f"{component}/{' or '.join(choices)}"
+    for component in components
+    for choices in COMPONENT_FILES[component]
+    if not any((path / component / file).exists() for file in choices)
+  ]
+  if missing:
+    raise UserError(
+      f"{path} lacks {', '.join(missing)}; copy the missing files from the "
+      "checkpoint's source, or save the whole pipeline again with diffusers' "
+      "save_pretrained"
+    )
+  scheduler = {}
+  if "scheduler" in components:
+    scheduler = read_json(path / "scheduler" / "scheduler_config.json")
+  return PipelineConfig(path, pipelines[name], index, scheduler)
 
 
 def load_model(

@@ -110,9 +110,7 @@ def _compare(
   )
 
 
-def _run_flux(
-  directory: Path, inputs: Arrays
-) -> list[tuple[str, jax.Array]]:
+def _run_flux(directory: Path, inputs: Arrays) -> list[tuple[str, jax.Array]]:
   model = load.load_model(directory)
   # Positions are not traced: the rotation table is built in float64.
   ids = {key: _get(inputs, key, directory) for key in ("img_ids", "txt_ids")}

@@ -1,0 +1,174 @@
+"""Low-rank adapters on the linear layers of a model, stacked ones included.
+
+W' = W + (alpha / rank) A B with A [in, rank] random and B [rank, out] zero, so
+that an adapted model starts out equal to its base (Hu et al. 2021, section
+4.1). Adapters are leaves `lora_a`, `lora_b` beside the `kernel` they adapt.
+"""
+
+import dataclasses
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from digen_jax.errors import UserError
+from digen_jax.models import Model, layers
+from digen_jax.models.layers import Linear, Params
+
+LEAVES = ("lora_a", "lora_b")
+
+
+def adapt(
+  model: Model,
+  *,
+  rank: int,
+  alpha: float,
+  targets: Sequence[str],
+  key: jax.Array,
+) -> Model:
+  """The model with adapters on every linear layer that `targets` match.
+
+  Args:
+    model: its arrays may be `jax.ShapeDtypeStruct`s under `jax.eval_shape`.
+    rank: of the adapters.
+    alpha: their strength; the update is scaled by alpha / rank.
+    targets: regular expressions, searched for in module paths such as
+      "double_blocks.attn.to_q".
+    key: typed PRNG key for A.
+
+  Returns:
+    A model with more parameters and its own `apply`; base arrays are shared.
+
+  Raises:
+    UserError: a target that matches no linear layer, or a bad rank.
+  """
+  module = nnx.merge(model.graphdef, model.params)
+  add_lora(module, rank=rank, alpha=alpha, targets=targets, rngs=nnx.Rngs(key))
+  graphdef, params = layers.split(module)
+  return dataclasses.replace(
+    model,
+    graphdef=graphdef,
+    params=params,
+    logical_axes=layers.logical_axes(module),
+  )
+
+
+def add_lora(
+  module: nnx.Module,
+  *,
+  rank: int,
+  alpha: float,
+  targets: Sequence[str],
+  rngs: nnx.Rngs,
+) -> None:
+  """Adds adapters to a module in place; arguments as for `adapt`.
+
+  Adapters are float32 whatever the kernels are: they are what is trained.
+  """
+  if rank < 1:
+    raise UserError(f"LoRA rank is {rank}; it must be at least 1")
+  linears = {
+    ".".join(map(str, path)): layer
+    for path, layer in nnx.iter_modules(module)
+    if isinstance(layer, Linear)
+  }
+  for target in targets:
+    if not any(re.search(target, name) for name in linears):
+      raise UserError(
+        f"LoRA target {target!r} matches no linear layer; there are "
+        f"{', '.join(sorted(linears))}"
+      )
+  for name in sorted(linears):
+    if any(re.search(target, name) for target in targets):
+      _add(linears[name], rank, alpha / rank, rngs)
+
+
+def merge_lora(params: Params, alpha: float) -> Params:
+  """Folds the adapters into their kernels.
+
+  Args:
+    params: of an adapted model.
+    alpha: as given to `adapt`.
+
+  Returns:
+    Parameters of the base model; the sums are taken in float32.
+  """
+  if not isinstance(params, dict):
+    return params
+  merged = {
+    key: merge_lora(value, alpha)
+    for key, value in params.items()
+    if key not in LEAVES
+  }
+  if "lora_a" in params:
+    a, b = (params[key].astype(jnp.float32) for key in LEAVES)
+    kernel = params["kernel"]
+    update = jnp.matmul(a, b, precision="highest") * (alpha / a.shape[-1])
+    merged["kernel"] = (kernel.astype(jnp.float32) + update).astype(
+      kernel.dtype
+    )
+  return merged
+
+
+def split_trainable(params: Params, mode: str) -> tuple[Params, Params]:
+  """Parameters as (trainable, frozen), each nested like the whole.
+
+  Args:
+    params: of a model.
+    mode: "full", everything is trained; "lora", the adapters are.
+
+  Raises:
+    UserError: an unknown mode, or "lora" without any adapter.
+  """
+  if mode == "full":
+    return params, {}
+  if mode != "lora":
+    raise UserError(f"training mode is {mode!r}; one of 'full', 'lora'")
+  trainable, frozen = _partition(params)
+  if not trainable:
+    raise UserError("these parameters have no LoRA adapters; see lora.adapt")
+  return trainable, frozen
+
+
+def join(trainable: Params, frozen: Params) -> Params:
+  """The inverse of `split_trainable`."""
+  joined = dict(frozen)
+  for key, value in trainable.items():
+    if isinstance(value, dict):
+      value = join(value, frozen.get(key, {}))
+    joined[key] = value
+  return joined
+
+
+def _partition(params: Params) -> tuple[Params, Params]:
+  adapters: Params = {}
+  rest: Params = {}
+  for key, value in params.items():
+    if isinstance(value, dict):
+      inner_adapters, inner_rest = _partition(value)
+      if inner_adapters:
+        adapters[key] = inner_adapters
+      if inner_rest:
+        rest[key] = inner_rest
+    else:
+      (adapters if key in LEAVES else rest)[key] = value
+  return adapters, rest
+
+
+def _add(linear: Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+  *stack, fan_in, fan_out = linear.kernel.shape
+  *stack_axes, in_axis, out_axis = linear.kernel.logical_axes
+  # Variance 1 / in: (x A) then has the scale of x.
+  a = jax.random.normal(rngs.params(), (*stack, fan_in, rank))
+  linear.lora_a = _param(a * fan_in**-0.5, (*stack_axes, in_axis, "rank"))
+  b = jnp.zeros((*stack, rank, fan_out))
+  linear.lora_b = _param(b, (*stack_axes, "rank", out_axis))
+  linear.lora_scale = scale
+
+
+def _param(value: jax.Array, axes: layers.Axes) -> Any:
+  # The attribute was None, which NNX takes for static until told otherwise.
+  return nnx.data(nnx.Param(value, logical_axes=axes))

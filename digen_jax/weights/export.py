@@ -1,0 +1,177 @@
+"""Models -> directories that diffusers loads.
+
+Everything is written to a temporary directory beside the target and renamed
+at the end: a reader sees the whole result or nothing.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+from safetensors import numpy as safetensors_numpy
+
+from digen_jax.errors import UserError
+from digen_jax.models.layers import Params
+from digen_jax.weights import names
+from digen_jax.weights.load import (
+  load_pipeline_config,
+  module_directory,
+  read_json,
+)
+
+FILE_STEM = "diffusion_pytorch_model"
+MAX_SHARD_BYTES = 5 * 2**30
+
+
+def save_module(
+  directory: str | Path,
+  params: Params,
+  config: Mapping[str, Any],
+  *,
+  dtype: DTypeLike = np.float32,
+  max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+  """Writes a module directory: `config.json` and safetensors.
+
+  Args:
+    directory: must be new or empty.
+    params: without adapters (`lora.merge_lora`).
+    config: content of `config.json`, with `_class_name`; see
+      `models.config.to_dict`.
+    dtype: of the file.
+    max_shard_bytes: above, the weights are split into shards with an index.
+
+  Raises:
+    UserError: the directory is not empty, or an unknown class.
+  """
+  with fresh_directory(directory) as temporary:
+    _write_module(temporary, params, config, dtype, max_shard_bytes)
+
+
+def export_pipeline(
+  source: str | Path,
+  directory: str | Path,
+  params: Params,
+  *,
+  dtype: DTypeLike | None = None,
+) -> None:
+  """Writes a pipeline: `source` with another transformer.
+
+  Args:
+    source: a diffusers pipeline directory; its other components are copied.
+    directory: must be new or empty.
+    params: of the transformer, without adapters (`lora.merge_lora`).
+    dtype: of the transformer's file; None means that of `params`.
+
+  Raises:
+    UserError: the directory is not empty, or `source` is no pipeline.
+  """
+  source = load_pipeline_config(source).path
+  config = read_json(module_directory(source, "transformer") / "config.json")
+  dtype = dtype or jax.tree.leaves(params)[0].dtype
+  with fresh_directory(directory) as temporary:
+    shutil.copytree(
+      source,
+      temporary,
+      dirs_exist_ok=True,
+      ignore=lambda folder, _: (
+        ["transformer"] if Path(folder) == source else []
+      ),
+    )
+    (temporary / "transformer").mkdir()
+    _write_module(
+      temporary / "transformer", params, config, dtype, MAX_SHARD_BYTES
+    )
+
+
+@contextlib.contextmanager
+def fresh_directory(directory: str | Path) -> Iterator[Path]:
+  """A temporary directory that becomes `directory` if the block succeeds.
+
+  Raises:
+    UserError: `directory` exists and is not an empty directory.
+  """
+  directory = Path(directory).absolute()
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise UserError(
+      f"{directory} exists and is not empty; choose another output directory"
+    )
+  directory.parent.mkdir(parents=True, exist_ok=True)
+  temporary = Path(
+    tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
+  )
+  try:
+    yield temporary
+    temporary.chmod(0o755)
+    if directory.exists():
+      directory.rmdir()
+    os.replace(temporary, directory)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def _write_module(
+  directory: Path,
+  params: Params,
+  config: Mapping[str, Any],
+  dtype: DTypeLike,
+  max_shard_bytes: int,
+) -> None:
+  class_name = config.get("_class_name")
+  if class_name not in names.NAME_MAPS:
+    raise UserError(f"cannot write a {class_name!r}: its names are unknown")
+  tensors = _to_tensors(params, names.NAME_MAPS[class_name], np.dtype(dtype))
+  shards: list[dict[str, np.ndarray]] = [{}]
+  size = 0
+  for name, tensor in tensors:
+    if shards[-1] and size + tensor.nbytes > max_shard_bytes:
+      shards.append({})
+      size = 0
+    shards[-1][name] = tensor
+    size += tensor.nbytes
+  _write_json(directory / "config.json", config)
+  if len(shards) == 1:
+    _save(directory / f"{FILE_STEM}.safetensors", shards[0])
+    return
+  weight_map = {}
+  for number, shard in enumerate(shards, 1):
+    file = f"{FILE_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
+    _save(directory / file, shard)
+    weight_map |= dict.fromkeys(shard, file)
+  total = sum(t.nbytes for shard in shards for t in shard.values())
+  _write_json(
+    directory / f"{FILE_STEM}.safetensors.index.json",
+    {"metadata": {"total_size": total}, "weight_map": weight_map},
+  )
+
+
+def _to_tensors(
+  params: Params, name_map: names.NameMap, dtype: np.dtype
+) -> Iterator[tuple[str, np.ndarray]]:
+  """Their names and arrays; one leaf at a time leaves its device."""
+  for entry in names.entries(params, name_map):
+    leaf: Any = params
+    for key in entry.path:
+      leaf = leaf[key]
+    leaf = np.asarray(leaf).astype(dtype)
+    for name, part in zip(entry.names, leaf if entry.stacked else [leaf]):
+      yield name, np.ascontiguousarray(entry.to_theirs(part))
+
+
+def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:
+  safetensors_numpy.save_file(tensors, file, metadata={"format": "pt"})
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+  file.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")

@@ -1,0 +1,84 @@
+"""Tiny random diffusers modules, the references of the parity tests."""
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+FLUX = dict(
+  in_channels=16,
+  num_layers=2,
+  num_single_layers=2,
+  attention_head_dim=24,
+  num_attention_heads=2,
+  joint_attention_dim=20,
+  pooled_projection_dim=12,
+  guidance_embeds=True,
+  axes_dims_rope=(4, 10, 10),
+)
+VAE = dict(
+  block_out_channels=(8, 16),
+  down_block_types=("DownEncoderBlock2D",) * 2,
+  up_block_types=("UpDecoderBlock2D",) * 2,
+  layers_per_block=1,
+  latent_channels=4,
+  norm_num_groups=4,
+  sample_size=16,
+  scaling_factor=0.36,
+  shift_factor=0.12,
+  use_quant_conv=False,
+  use_post_quant_conv=False,
+)
+
+
+def randomise(module, seed):
+  """Random values for every parameter: no scale stays 1, no bias 0."""
+  generator = torch.Generator().manual_seed(seed)
+  for name, parameter in module.named_parameters():
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.ndim > 1:
+      value = noise / parameter[0].numel() ** 0.5
+    elif name.endswith("weight"):
+      value = 1 + 0.25 * noise
+    else:
+      value = 0.15 * noise
+    parameter.data = value
+  return module.eval().requires_grad_(False)
+
+
+def flux(seed=0, **overrides):
+  return randomise(FluxTransformer2DModel(**FLUX | overrides), seed)
+
+
+def autoencoder(seed=0, **overrides):
+  return randomise(AutoencoderKL(**VAE | overrides), seed)
+
+
+def normal(seed, *shape):
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def flux_inputs(seed, batch, grid, text_len, guidance):
+  """Forward arguments, as numpy, named as diffusers names them."""
+  rng = np.random.default_rng(seed)
+  rows, columns = grid
+  ids = np.stack(
+    np.meshgrid([0], np.arange(rows), np.arange(columns), indexing="ij"), -1
+  )
+  inputs = dict(
+    hidden_states=normal(seed + 1, batch, rows * columns, FLUX["in_channels"]),
+    encoder_hidden_states=normal(
+      seed + 2, batch, text_len, FLUX["joint_attention_dim"]
+    ),
+    pooled_projections=normal(seed + 3, batch, FLUX["pooled_projection_dim"]),
+    timestep=rng.uniform(0.05, 0.95, batch),
+    img_ids=ids.reshape(-1, 3),
+    txt_ids=np.zeros((text_len, 3)),
+  )
+  if guidance:
+    inputs["guidance"] = rng.uniform(1, 5, batch)
+  return {name: x.astype(np.float32) for name, x in inputs.items()}
+
+
+def run_flux(module, inputs):
+  inputs = {name: torch.from_numpy(x) for name, x in inputs.items()}
+  return module(**inputs).sample.numpy()

@@ -1,0 +1,145 @@
+"""Grids of images."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from digen_jax.media import (
+  GAP,
+  before_after,
+  best_and_worst,
+  default_scale,
+  image_grid,
+  save_image,
+  save_images,
+  to_uint8,
+)
+
+COLORS = np.random.default_rng(0).integers(0, 256, (16, 3)).astype(np.uint8)
+
+
+def flat(count, size=32):
+  """Images of one colour each, by which they are found again."""
+  return np.broadcast_to(
+    COLORS[:count, None, None, :], (count, size, size, 3)
+  ).copy()
+
+
+def box(grid, color):
+  """(left, top, width, height) of the pixels of a colour; None without."""
+  rows, columns = np.nonzero((np.asarray(grid) == color).all(-1))
+  if not len(rows):
+    return None
+  return (
+    columns.min(),
+    rows.min(),
+    np.ptp(columns) + 1,
+    np.ptp(rows) + 1,
+  )
+
+
+def test_grid_places_and_enlarges():
+  grid = image_grid(flat(5), columns=3, scale=2)
+  assert grid.size == (3 * 64 + 4 * GAP, 2 * 64 + 3 * GAP)
+  for i in range(5):
+    row, column = divmod(i, 3)
+    left, top = GAP + column * (64 + GAP), GAP + row * (64 + GAP)
+    assert box(grid, COLORS[i]) == (left, top, 64, 64)
+
+
+def test_enlargement_keeps_hard_edges():
+  image = np.indices((32, 32)).sum(0) % 2
+  image = np.repeat(image[..., None], 3, -1).astype(np.float32)
+  grid = np.asarray(image_grid(image[None], scale=3))
+  inner = grid[GAP:-GAP, GAP:-GAP]
+  expected = (np.kron(image[..., 0], np.ones((3, 3))) * 255).astype(np.uint8)
+  np.testing.assert_array_equal(inner[..., 1], expected)
+
+
+def test_floats_are_rounded_and_clipped():
+  values = np.float32([-0.5, 0.0, 0.5, 1.0, 7.0, np.nan])
+  image = np.broadcast_to(values[None, :, None], (1, 6, 3))
+  assert to_uint8([image])[0][0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+  same = flat(2)
+  np.testing.assert_array_equal(to_uint8(same), same)
+
+
+def test_captions_take_room_and_leave_the_pictures_whole():
+  labels = ["0.25 two red circles and a blue square", "short", "", "a" * 200]
+  grid = image_grid(flat(4), columns=4, scale=4, labels=labels)
+  assert grid.height > 128 + 2 * GAP + 2 * 12  # two lines at least
+  boxes = [box(grid, COLORS[i]) for i in range(4)]
+  assert [b[2:] for b in boxes] == [(128, 128)] * 4
+  pixels = np.asarray(grid).astype(int)
+  dark = [
+    int((pixels[GAP + 130 :, x : x + 128].sum(-1) < 300).sum())
+    for x in (b[0] for b in boxes)
+  ]
+  assert dark[0] > dark[1] > 0 and dark[2] == 0 and dark[3] > 0
+  between = pixels[GAP + 130 :, boxes[2][0] : boxes[3][0]]
+  assert between.min() > 200  # the long word does not run into its neighbour
+
+
+def test_default_scale():
+  assert default_scale(flat(1)) == 4
+  assert default_scale([np.zeros((100, 64, 3))]) == 1
+  assert default_scale([np.zeros((1024, 1024, 3))]) == 1
+
+
+def test_before_and_after_lie_side_by_side():
+  before, after = flat(3), flat(6)[3:]
+  grid = before_after(
+    before,
+    after,
+    ["one", "two", "three"],
+    ([0.1, 0.2, np.nan], [0.9, 0.8, 0.7]),
+    columns=2,
+    scale=2,
+  )
+  boxes = [box(grid, COLORS[i]) for i in range(6)]
+  for i in range(3):
+    assert boxes[i][1] == boxes[i + 3][1]  # one row
+    assert boxes[i + 3][0] - (boxes[i][0] + 64) == 2
+  assert boxes[0][1] == boxes[1][1] < boxes[2][1]
+  with pytest.raises(ValueError, match="3 images before, 2 after"):
+    before_after(before, after[:2], ["one", "two", "three"])
+
+
+def test_best_and_worst_of_each_group():
+  rewards = [0.1, 0.9, 0.5, 0.3, np.nan, 0.2, 0.8, 0.4]
+  grid = best_and_worst(flat(8), rewards, ["a", "b"], count=1, scale=2)
+  shown = {i: box(grid, COLORS[i]) for i in range(8)}
+  assert [i for i, b in shown.items() if b] == [0, 1, 4, 6]
+  assert shown[1][0] < shown[0][0] and shown[1][1] == shown[0][1]
+  assert shown[6][0] < shown[4][0]  # a NaN reward is the worst
+  assert shown[1][1] < shown[6][1]
+  first = best_and_worst(flat(8), rewards, ["a", "b"], max_groups=1)
+  assert box(first, COLORS[6]) is None and box(first, COLORS[1])
+  with pytest.raises(ValueError, match="3 groups"):
+    best_and_worst(flat(8), rewards, ["a", "b", "c"])
+
+
+def test_saving(tmp_path):
+  images = flat(2) / np.float32(255)
+  paths = save_images(tmp_path / "new", images)
+  assert [p.name for p in paths] == ["0000.png", "0001.png"]
+  for path, image in zip(paths, flat(2)):
+    with Image.open(path) as opened:
+      np.testing.assert_array_equal(np.asarray(opened), image)
+  assert save_images(tmp_path, images, ["x", "y"])[1].name == "y.png"
+  save_image(tmp_path / "grid.png", image_grid(images))
+  assert sorted(p.name for p in tmp_path.iterdir()) == [
+    "grid.png",
+    "new",
+    "x.png",
+    "y.png",
+  ]
+
+
+def test_bad_input():
+  with pytest.raises(ValueError, match=r"\[H, W, 3\]; got \(32, 32\)"):
+    image_grid(np.zeros((4, 32, 32)))
+  with pytest.raises(ValueError, match="2 labels for 3 images"):
+    image_grid(flat(3), labels=["a", "b"])
+  with pytest.raises(ValueError, match="no images"):
+    image_grid([])
