@@ -44,7 +44,7 @@ def run_main(main: Callable[[], None]) -> None:
   A `UserError`, a failed unit or a flag that cannot be parsed ends the
   program with one line on standard error and a non-zero status.
   """
-  logging.set_verbosity(logging.INFO)
+  logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
   logging.get_absl_handler().setFormatter(None)
   app.run(lambda _: _guarded(main), flags_parser=_parse)
 

@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from digen_jax import policy
 from digen_jax.parallel import rules
 from digen_jax.parallel.mesh import batch_sharding, replicated
-from digen_jax.parallel.reshard import reshard, verify
+from digen_jax.parallel.reshard import own, reshard, verify
 from digen_jax.types import Conditioning, TrainBatch
 
 
@@ -79,7 +79,7 @@ class Placement:
       weights.frozen, self._layout(trainer, weights.frozen, rules.TRAINER)
     )
     self.decoder = jax.device_put(weights.decoder, replicated(rollout))
-    trainable = reshard(weights.trainable, self._trainer_layout)
+    trainable = own(reshard(weights.trainable, self._trainer_layout))
     self.reference = (
       reshard(weights.trainable, self._trainer_layout)
       if recipe.kl_weight
@@ -88,9 +88,7 @@ class Placement:
     self.state = {
       "trainable": trainable,
       "optimizer": self._init_optimizer(optimizer, trainable, trainer),
-      "ema": reshard(trainable, self._trainer_layout)
-      if recipe.ema_decay
-      else None,
+      "ema": own(trainable) if recipe.ema_decay else None,
     }
     self.published = reshard(trainable, self._rollout_layout)
     self._functions = self._define(optimizer)
@@ -146,7 +144,7 @@ class Placement:
           jax.tree.map(lambda x: x.sharding, self.state),
           replicated(trainer),
         ),
-        donate_argnums=(0, 1),
+        donate_argnums=(0,),
       ),
     }
 
@@ -199,6 +197,11 @@ class Placement:
       gradient = jax.tree.map(jnp.zeros_like, self.state["trainable"])
     self.state, metrics = self.run(Call("update", (self.state, gradient)))
     return metrics
+
+  def restore(self, state: dict[str, Any]) -> None:
+    """Goes on from a checkpoint's state, laid out like `self.state`."""
+    self.state = own(state)
+    self.publish()
 
   def publish(self) -> int:
     """Makes the trained parameters the rollout's, checked bit by bit.

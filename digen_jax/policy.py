@@ -217,9 +217,11 @@ def update(
   Returns:
     The new state and {"grad_norm"}, before clipping.
   """
-  updates, optimizer_state = optimizer.update(
-    gradient, state["optimizer"], state["trainable"]
-  )
+  # optax mixes integer counts and floats, which strict promotion refuses.
+  with jax.numpy_dtype_promotion("standard"):
+    updates, optimizer_state = optimizer.update(
+      gradient, state["optimizer"], state["trainable"]
+    )
   trainable = optax.apply_updates(state["trainable"], updates)
   ema = state["ema"]
   if recipe.ema_decay:

@@ -1,33 +1,53 @@
 """Pre-training of the embedded checkpoint: a small FLUX on drawn scenes.
 
 An autoencoder first, then flow matching in its latents, jointly with both
-text encoders. Words of the training captions are replaced at random, so that
+text encoders. Facts of the training captions are replaced at random, so that
 the model learns to draw every scene but listens badly: what reinforcement
 learning is then to mend.
 """
 
+import contextlib
 import dataclasses
+import functools
+import json
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
 
+from digen_jax import media
 from digen_jax.data import scenes
-from digen_jax.data.scenes import Group, Spec
-from digen_jax.models import flux, layers
-from digen_jax.models.text.clip import clip_encode
-from digen_jax.models.text.t5 import t5_encode
-from digen_jax.models.vae import autoencoder_kl
-from digen_jax.rewards.protocol import to_uint8
+from digen_jax.data.captioned import draw_scenes
+from digen_jax.data.embeddings import load_prompt_encoder
+from digen_jax.data.tokenizer import TokenizerInfo, write_tokenizers
+from digen_jax.errors import UserError
+from digen_jax.models import Model, create_model, text, vae
+from digen_jax.models import config as config_lib
+from digen_jax.models.flux import FluxConfig
+from digen_jax.models.text import TextEncoder
+from digen_jax.models.text.clip import ClipTextConfig
+from digen_jax.models.text.t5 import T5Config
+from digen_jax.models.vae.autoencoder_kl import AutoencoderKLConfig
+from digen_jax.rewards import shapes
+from digen_jax.sampling import initial_latents, sample_ode, schedule_from_config
 from digen_jax.types import Conditioning
+from digen_jax.weights.export import save_module
+from digen_jax.weights.load import (
+  load_autoencoder,
+  load_model,
+  load_pipeline_config,
+)
+from digen_jax.weights.text import save_text_encoder
 
 # loss(params, rows, key) -> scalar, rows being a batch of the data
 Loss = Callable[[Any, Any, jax.Array], jax.Array]
-Report = Callable[[dict[str, float]], None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +59,6 @@ class TrainSettings:
     batch: rows per step.
     learning_rate: peak of a cosine that follows a linear warm-up.
     warmup: steps of the warm-up.
-    weight_decay: of AdamW.
     ema: decay per step of the averaged parameters, which are the result.
     report_every: steps between two reports.
   """
@@ -48,136 +67,187 @@ class TrainSettings:
   batch: int
   learning_rate: float
   warmup: int = 50
-  weight_decay: float = 0.0
-  ema: float = 0.995
+  ema: float = 0.99
   report_every: int = 25
 
 
-def corrupt(rng: np.random.Generator, spec: Spec, share: float) -> Spec:
-  """Replaces each fact of a caption with probability `share` by a random one.
+@dataclasses.dataclass(frozen=True)
+class PretrainConfig:
+  """All of a pre-training; see `configs/pretrain_shapes.py`.
 
-  Numbers, colours, shapes and the relation are facts. What comes out is again
-  a training caption, never a held-out one.
-  """
-  while True:
-    groups = tuple(
-      Group(
-        _maybe(rng, share, range(1, 5), group.count),
-        _maybe(rng, share, scenes.COLOURS, group.colour),
-        _maybe(rng, share, scenes.SHAPES, group.shape),
-      )
-      for group in spec.groups
-    )
-    relation = spec.relation
-    if relation is not None:
-      relation = _maybe(rng, share, scenes.RELATIONS, relation)
-    corrupted = Spec(groups, relation)
-    if not scenes.held_out(scenes.caption(corrupted)):
-      return corrupted
-
-
-def _maybe(
-  rng: np.random.Generator, share: float, choices: Sequence, value: Any
-) -> Any:
-  """A random choice with probability `share`, else `value`."""
-  if rng.random() >= share:
-    return value
-  choices = list(choices)
-  return choices[rng.integers(len(choices))]
-
-
-def draw_scenes(
-  seed: int, count: int, *, variants: int, corruption: float
-) -> tuple[np.ndarray, list[list[str]]]:
-  """Random training scenes with captions.
-
-  Args:
+  Attributes:
     seed: of everything random.
-    count: N scenes.
-    variants: captions per scene, corrupted independently.
-    corruption: share of the facts that are replaced, see `corrupt`.
-
-  Returns:
-    images [N, SIZE, SIZE, 3] uint8, and N lists of `variants` captions.
+    scenes: number of scenes drawn.
+    captions: per scene, each corrupted independently.
+    corruption: share of the facts in captions that are replaced.
+    max_length: tokens of a prompt.
+    kl_weight: of the autoencoder's loss.
+    autoencoder: sizes, fields of `AutoencoderKLConfig`.
+    transformer: sizes, fields of `FluxConfig`.
+    clip: sizes, fields of `ClipTextConfig`.
+    t5: sizes, fields of `T5Config`.
+    autoencoder_training: see `TrainSettings`.
+    flow_training: see `TrainSettings`.
+    eval_prompts: file of held-out prompts.
+    eval_steps: denoising steps of the evaluation.
   """
-  rng = np.random.default_rng(seed)
-  images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
-  captions = []
-  for i in range(count):
-    spec = scenes.sample_spec(rng)
-    images[i] = to_uint8(scenes.render(scenes.sample_scene(rng, spec)))
-    captions.append(
-      [scenes.caption(corrupt(rng, spec, corruption)) for _ in range(variants)]
-    )
-  return images, captions
+
+  seed: int
+  scenes: int
+  captions: int
+  corruption: float
+  max_length: int
+  kl_weight: float
+  autoencoder: dict[str, Any]
+  transformer: dict[str, Any]
+  clip: dict[str, Any]
+  t5: dict[str, Any]
+  autoencoder_training: TrainSettings
+  flow_training: TrainSettings
+  eval_prompts: str
+  eval_steps: int
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "PretrainConfig":
+    """Builds the record from nested mappings; UserError names bad fields."""
+    values = dict(values)
+    try:
+      for name in ("autoencoder_training", "flow_training"):
+        values[name] = TrainSettings(**values[name])
+      return cls(**values)
+    except (KeyError, TypeError) as error:
+      raise UserError(
+        f"pre-training config: {error}; take configs/pretrain_shapes.py as "
+        "the pattern"
+      ) from error
 
 
-def autoencoder_loss(graphdef: Any, kl_weight: float) -> Loss:
-  """Mean absolute error plus a weighted KL divergence to N(0, 1).
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """What `train` reports.
 
-  Rows are images [B, H, W, 3] uint8. Source: Rombach et al. 2022, appendix G,
-  without the adversarial and perceptual terms: drawn scenes need neither.
+  Attributes:
+    step: steps done.
+    steps: of the whole training.
+    loss: mean since the last report.
+    steps_per_second: since the start, compilation included.
+    seconds_left: at that rate.
+  """
+
+  step: int
+  steps: int
+  loss: float
+  steps_per_second: float
+  seconds_left: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Networks:
+  """The networks of a FLUX pipeline."""
+
+  autoencoder: vae.Autoencoder
+  transformer: Model
+  clip: TextEncoder
+  t5: TextEncoder
+
+
+def create_networks(config: PretrainConfig, tokens: TokenizerInfo) -> Networks:
+  """Freshly initialised networks that fit each other and the tokenizers."""
+  keys = jax.random.split(jax.random.key(config.seed), 4)
+  clip = ClipTextConfig(
+    vocab_size=tokens.clip_vocab_size,
+    eos_token_id=tokens.clip_eos_id,
+    max_position_embeddings=tokens.max_length,
+    **config.clip,
+  )
+  t5 = T5Config(vocab_size=tokens.t5_vocab_size, **config.t5)
+  autoencoder = AutoencoderKLConfig(
+    scaling_factor=1.0, shift_factor=0.0, **config.autoencoder
+  )
+  transformer = FluxConfig(
+    in_channels=4 * autoencoder.latent_channels,
+    joint_attention_dim=t5.d_model,
+    pooled_projection_dim=clip.hidden_size,
+    **config.transformer,
+  )
+  return Networks(
+    vae.create_autoencoder(autoencoder, keys[0]),
+    create_model(transformer, keys[1]),
+    text.create_text_encoder(clip, keys[2]),
+    text.create_text_encoder(t5, keys[3]),
+  )
+
+
+def autoencoder_loss(autoencoder: vae.Autoencoder, kl_weight: float) -> Loss:
+  """Absolute and squared error plus a weighted KL divergence to N(0, 1).
+
+  Rows are images [B, H, W, 3] uint8. The absolute error makes edges sharp; on
+  its own it is content with the plain ground for hundreds of steps, which the
+  squared error is not. Source: Rombach et al. 2022, appendix G, without the
+  adversarial and perceptual terms: drawn scenes need neither.
   """
 
   def loss(params: Any, images: jax.Array, key: jax.Array) -> jax.Array:
-    module = layers.nnx.merge(graphdef, params)
-    images = images.astype(jnp.float32) / 127.5 - 1.0
+    module = nnx.merge(autoencoder.graphdef, params)
+    images = _signed(images)
     mean, logvar = module.encode(images)
     noise = jax.random.normal(key, mean.shape)
-    output = module.decode(mean + jnp.exp(0.5 * logvar) * noise)
+    error = module.decode(mean + jnp.exp(0.5 * logvar) * noise) - images
     kl = 0.5 * jnp.mean(jnp.square(mean) + jnp.exp(logvar) - 1.0 - logvar)
-    return jnp.mean(jnp.abs(output - images)) + kl_weight * kl
+    fit = jnp.mean(jnp.abs(error)) + 4.0 * jnp.mean(jnp.square(error))
+    return fit + kl_weight * kl
 
   return loss
 
 
-@dataclasses.dataclass(frozen=True)
-class GraphDefs:
-  """The definitions of the three networks trained together."""
-
-  transformer: Any
-  clip: Any
-  t5: Any
+def _signed(images: jax.Array) -> jax.Array:
+  """uint8 -> float32 in [-1, 1]."""
+  return images.astype(jnp.float32) / 127.5 - 1.0
 
 
-def encode_text(
-  graphdefs: GraphDefs, params: Any, clip_ids: jax.Array, t5_ids: jax.Array
-) -> Conditioning:
-  """Token ids [B, T] of both tokenizers -> what the denoiser is told."""
-  _, pooled = clip_encode(graphdefs.clip, params["clip"], clip_ids)
-  text = t5_encode(graphdefs.t5, params["t5"], t5_ids)
-  return Conditioning(text=text, pooled=pooled)
-
-
-def flow_loss(graphdefs: GraphDefs) -> Loss:
+def flow_loss(networks: Networks) -> Loss:
   """Flow matching: mean squared error of the velocity, noise - x0.
 
   Rows are (latents [B, h, w, c], clip_ids [B, V, T], t5_ids [B, V, T]) with V
-  captions to choose from. Noise levels are logit-normal: Esser et al. 2024
-  (SD3), section 3.1.
+  captions to choose from; parameters are those of `flow_params`. Noise levels
+  are logit-normal: Esser et al. 2024 (SD3), section 3.1.
   """
 
   def loss(params: Any, rows: Any, key: jax.Array) -> jax.Array:
     latents, clip_ids, t5_ids = rows
     batch, variants = clip_ids.shape[:2]
     keys = jax.random.split(key, 3)
-    chosen = jax.random.randint(keys[0], (batch,), 0, variants)
     row = jnp.arange(batch)
+    chosen = jax.random.randint(keys[0], (batch,), 0, variants)
+    _, pooled = networks.clip.encode(params["clip"], clip_ids[row, chosen])
+    tokens = networks.t5.encode(params["t5"], t5_ids[row, chosen])
     sigma = jax.nn.sigmoid(jax.random.normal(keys[1], (batch,)))
     noise = jax.random.normal(keys[2], latents.shape)
     level = sigma[:, None, None, None]
-    velocity = flux.flux_apply(
-      graphdefs.transformer,
+    velocity = networks.transformer.apply(
       params["transformer"],
       (1.0 - level) * latents + level * noise,
       sigma,
-      encode_text(
-        graphdefs, params, clip_ids[row, chosen], t5_ids[row, chosen]
-      ),
+      Conditioning(text=tokens, pooled=pooled),
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))
 
   return loss
+
+
+def flow_params(networks: Networks) -> dict[str, Any]:
+  """The parameters that `flow_loss` trains."""
+  names = ("transformer", "clip", "t5")
+  return {name: getattr(networks, name).params for name in names}
+
+
+def with_flow_params(networks: Networks, params: Mapping[str, Any]) -> Networks:
+  """The networks with other parameters, the inverse of `flow_params`."""
+  replaced = {
+    name: dataclasses.replace(getattr(networks, name), params=value)
+    for name, value in params.items()
+  }
+  return dataclasses.replace(networks, **replaced)
 
 
 def train(
@@ -187,7 +257,7 @@ def train(
   settings: TrainSettings,
   *,
   seed: int,
-  report: Report,
+  report: Callable[[Progress], None],
 ) -> Any:
   """Minimises `loss` with AdamW on random rows of `data`.
 
@@ -197,25 +267,18 @@ def train(
     data: pytree of arrays with a common leading axis, kept on the device.
     settings: see `TrainSettings`.
     seed: of rows and noise.
-    report: called every `report_every` steps with step, steps, loss, steps_per_second
-      and seconds_left.
+    report: called every `settings.report_every` steps and at the end.
 
   Returns:
     The averaged parameters.
   """
-  schedule = optax.warmup_cosine_decay_schedule(
-    0.0, settings.learning_rate, settings.warmup, settings.steps
-  )
-  optimiser = optax.chain(
-    optax.clip_by_global_norm(1.0),
-    optax.adamw(schedule, b2=0.99, weight_decay=settings.weight_decay),
-  )
+  optimiser = _optimiser(settings)
   size = jax.tree.leaves(data)[0].shape[0]
   base = jax.random.key(seed)
 
   # One call per step: XLA's CPU convolutions are 15 times slower inside a
   # compiled loop.
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=0)
   def step(carry: Any, index: jax.Array, data: Any) -> tuple[Any, jax.Array]:
     params, state, average = carry
     row_key, loss_key = jax.random.split(jax.random.fold_in(base, index))
@@ -232,50 +295,245 @@ def train(
     average = optax.incremental_update(params, average, 1.0 - decay)
     return (params, state, average), value
 
-  carry = (params, optimiser.init(params), params)
+  copy = functools.partial(jax.tree.map, jnp.copy)  # `step` donates
+  carry = (copy(params), optimiser.init(params), copy(params))
   data = jax.tree.map(jnp.asarray, data)
   start, losses = time.monotonic(), []
   for done in range(1, settings.steps + 1):
     carry, value = step(carry, jnp.int32(done - 1), data)
     losses.append(value)
     if done % settings.report_every == 0 or done == settings.steps:
-      loss_mean = float(jnp.stack(losses).mean())
+      mean = float(jnp.stack(losses).mean())
       losses, seconds = [], time.monotonic() - start
-      report(
-        {
-          "step": done,
-          "steps": settings.steps,
-          "loss": loss_mean,
-          "steps_per_second": done / seconds,
-          "seconds_left": seconds * (settings.steps - done) / done,
-        }
-      )
+      left = seconds * (settings.steps - done) / done
+      report(Progress(done, settings.steps, mean, done / seconds, left))
   return carry[2]
 
 
+def _optimiser(settings: TrainSettings) -> optax.GradientTransformation:
+  schedule = optax.warmup_cosine_decay_schedule(
+    0.0, settings.learning_rate, settings.warmup, settings.steps
+  )
+  return optax.chain(
+    optax.clip_by_global_norm(1.0), optax.adamw(schedule, b2=0.99)
+  )
+
+
 def encode_images(
-  graphdef: Any, params: Any, images: np.ndarray, *, batch: int = 500
+  autoencoder: vae.Autoencoder, images: np.ndarray, *, batch: int = 250
 ) -> np.ndarray:
-  """Posterior means of images [N, H, W, 3] uint8: raw latents, float32."""
+  """Normalised latents [N, h, w, c] float32 of images [N, H, W, 3] uint8.
 
-  @jax.jit
-  def encode(params: Any, images: jax.Array) -> jax.Array:
-    module = layers.nnx.merge(graphdef, params)
-    return module.encode(images.astype(jnp.float32) / 127.5 - 1.0)[0]
+  The last batch repeats its last row, so that one compilation serves all.
+  """
+  encode = jax.jit(autoencoder.encode)
+  parts = []
+  for first in range(0, len(images), batch):
+    rows = np.minimum(np.arange(first, first + batch), len(images) - 1)
+    pixels = images[rows].astype(np.float32) / 255
+    parts.append(np.asarray(encode(autoencoder.params, pixels)))
+  return np.concatenate(parts)[: len(images)]
 
-  parts = [
-    np.asarray(encode(params, images[i : i + batch]))
-    for i in range(0, len(images), batch)
-  ]
-  return np.concatenate(parts)
 
+def with_autoencoder_params(
+  networks: Networks, params: Any, images: np.ndarray
+) -> Networks:
+  """The networks with a trained autoencoder, its latents normalised.
 
-def normalised_config(
-  config: autoencoder_kl.AutoencoderKLConfig, latents: np.ndarray
-) -> autoencoder_kl.AutoencoderKLConfig:
-  """The config whose shift and scale give `latents` mean 0 and std 1."""
-  return dataclasses.replace(
-    config,
+  Args:
+    networks: whose autoencoder has shift 0 and scale 1.
+    params: of the autoencoder.
+    images: [N, H, W, 3] uint8; the shift and scale are such that the latents
+      of the first 2000 have mean 0 and standard deviation 1.
+  """
+  raw = dataclasses.replace(networks.autoencoder, params=params)
+  latents = encode_images(raw, images[:2000])
+  config = dataclasses.replace(
+    raw.config,
     shift_factor=float(latents.mean()),
     scaling_factor=float(1 / latents.std()),
+  )
+  scaled = vae.abstract_autoencoder(config)
+  scaled = dataclasses.replace(scaled, params=params)
+  return dataclasses.replace(networks, autoencoder=scaled)
+
+
+def write_pipeline(
+  directory: str | Path, networks: Networks, max_length: int
+) -> None:
+  """Writes a diffusers FLUX pipeline, float32, that samples `scenes.SIZE`.
+
+  Args:
+    directory: receives the components; those there must not exist yet, but
+      for the tokenizers.
+    networks: what to write.
+    max_length: tokens of a prompt, see `write_tokenizers`.
+  """
+  directory = Path(directory)
+  write_tokenizers(directory, scenes.WORDS, max_length)
+  save_text_encoder(networks.clip, directory / "text_encoder")
+  save_text_encoder(networks.t5, directory / "text_encoder_2")
+  transformer = networks.transformer
+  save_module(
+    directory / "transformer",
+    transformer.params,
+    config_lib.to_dict(
+      transformer.config, class_name=transformer.family.class_name
+    ),
+  )
+  save_module(
+    directory / "vae",
+    networks.autoencoder.params,
+    _autoencoder_json(networks.autoencoder.config),
+  )
+  scheduler = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+    "use_dynamic_shifting": False,
+  }
+  (directory / "scheduler").mkdir()
+  _write_json(directory / "scheduler" / "scheduler_config.json", scheduler)
+  _write_json(
+    directory / "model_index.json",
+    {
+      "_class_name": "FluxPipeline",
+      "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+      "text_encoder": ["transformers", "CLIPTextModel"],
+      "text_encoder_2": ["transformers", "T5EncoderModel"],
+      "tokenizer": ["transformers", "CLIPTokenizer"],
+      "tokenizer_2": ["transformers", "T5TokenizerFast"],
+      "transformer": ["diffusers", "FluxTransformer2DModel"],
+      "vae": ["diffusers", "AutoencoderKL"],
+    },
+  )
+
+
+def _autoencoder_json(config: AutoencoderKLConfig) -> dict[str, Any]:
+  """diffusers also wants the kinds of the blocks, which are always these."""
+  levels = len(config.block_out_channels)
+  return {
+    **config_lib.to_dict(config, class_name="AutoencoderKL"),
+    "down_block_types": ["DownEncoderBlock2D"] * levels,
+    "up_block_types": ["UpDecoderBlock2D"] * levels,
+    "sample_size": scenes.SIZE,
+  }
+
+
+def _write_json(file: Path, content: Mapping[str, Any]) -> None:
+  file.write_text(json.dumps(content, indent=2) + "\n")
+
+
+def sample_pipeline(
+  directory: str | Path,
+  prompts: Sequence[str],
+  *,
+  num_steps: int,
+  seed: int = 0,
+) -> np.ndarray:
+  """Samples a pipeline directory, read by the product's own loaders.
+
+  Args:
+    directory: as `write_pipeline` writes it.
+    prompts: B texts.
+    num_steps: Euler steps.
+    seed: of the initial noise.
+
+  Returns:
+    [B, SIZE, SIZE, 3] float32 images in [0, 1].
+  """
+  model, autoencoder = load_model(directory), load_autoencoder(directory)
+  conditioning = load_prompt_encoder(directory).encode(prompts)
+  scheduler = load_pipeline_config(directory).scheduler
+  side = scenes.SIZE // autoencoder.config.downscale
+  sigmas = schedule_from_config(scheduler, num_steps, seq_len=side**2 // 4)
+  shape = (len(prompts), side, side, autoencoder.config.latent_channels)
+
+  @jax.jit
+  def sample(params: Any, decoder: Any, conditioning: Any) -> jax.Array:
+    noise = initial_latents(jax.random.key(seed), shape)
+    latents = sample_ode(model.apply, params, noise, conditioning, sigmas)
+    return autoencoder.decode(decoder, latents)
+
+  return np.asarray(sample(model.params, autoencoder.params, conditioning))
+
+
+def evaluate(
+  config: PretrainConfig,
+  directory: Path,
+  prompts: Sequence[str],
+  workdir: Path,
+) -> dict[str, float]:
+  """Scores a written pipeline on held-out prompts; writes samples.png.
+
+  Returns:
+    Mean rewards in [0, 1]: `reward`, its components, and that of 500 drawn
+    scenes after the autoencoder, `autoencoder_reward`.
+  """
+  images = sample_pipeline(directory, prompts, num_steps=config.eval_steps)
+  rewards = shapes.score_shapes(images, prompts)
+  parts = {
+    "presence": shapes.score_presence,
+    "colour": shapes.score_colour,
+    "count": shapes.score_count,
+    "position": shapes.score_position,
+  }
+  drawn, captions = draw_scenes(config.seed + 1, 500)
+  again = reconstruct(load_autoencoder(directory), drawn)
+  through = shapes.score_shapes(again, [c for (c,) in captions])
+  labels = [f"{p} {r:.2f}" for p, r in zip(prompts, rewards)]
+  grid = media.image_grid(images[:48], 8, labels=labels[:48])
+  media.save_image(workdir / "samples.png", grid)
+  scores = {name: part(images, prompts) for name, part in parts.items()}
+  scores = {"reward": rewards, **scores, "autoencoder_reward": through}
+  return {name: float(value.mean()) for name, value in scores.items()}
+
+
+def reconstruct(autoencoder: vae.Autoencoder, images: np.ndarray) -> np.ndarray:
+  """Images [N, H, W, 3] uint8 through the autoencoder: float32 in [0, 1]."""
+  latents = encode_images(autoencoder, images)
+  return np.asarray(jax.jit(autoencoder.decode)(autoencoder.params, latents))
+
+
+class Clock:
+  """Names the phases of a program as they begin, and times them.
+
+  with clock.phase("draw"):
+    ...
+  clock.seconds  # {"draw": 2.1}
+  """
+
+  def __init__(self):
+    self.seconds: dict[str, float] = {}
+
+  @contextlib.contextmanager
+  def phase(self, name: str) -> Iterator[None]:
+    """Prints the name, and keeps how long the block takes."""
+    print(name, flush=True)
+    start = time.monotonic()
+    yield
+    self.seconds[name] = round(time.monotonic() - start, 1)
+
+  @property
+  def total(self) -> float:
+    """Seconds of all phases."""
+    return sum(self.seconds.values())
+
+
+def write_record(
+  workdir: Path,
+  config: PretrainConfig,
+  scores: Mapping[str, float],
+  seconds: Mapping[str, float],
+) -> None:
+  """Writes pretrain.json: config, scores, seconds per phase, hardware."""
+  _write_json(
+    workdir / "pretrain.json",
+    {
+      "scores": scores,
+      "seconds": seconds,
+      "cpus": len(os.sched_getaffinity(0)),
+      "jax": jax.__version__,
+      "config": dataclasses.asdict(config),
+    },
   )

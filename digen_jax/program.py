@@ -227,6 +227,7 @@ class Program:
       self._generate_call(self.placement.rollout_lane, first[Kind.GENERATE]),
       self._gradients_call(self.placement.trainer_lane, first[Kind.TRAIN]),
     )
+    self.placement.publish()  # the same version once more
 
   def generate(self, lane: str, unit: Unit) -> Handle:
     """Samples, decodes, and brings the trajectories to the host."""

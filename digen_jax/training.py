@@ -111,8 +111,9 @@ class Run:
     run_files.check_resumable(
       self.config, self.checkpoints.record(found), self.workdir
     )
-    self.placement.state = self.checkpoints.load(found, self.placement.state)
-    self.placement.publish()
+    self.placement.restore(
+      self.checkpoints.load(found, self.placement.state)
+    )
     return found
 
   def save(self) -> None:

@@ -115,7 +115,7 @@ def loop(params, inputs, key, start, size):
 
 
 @pytest.mark.parametrize(
-  "window", [None, (0, 2), (2, 1), (np.array([0, 1, 2, 1, 0, 2]), 2), (3, 0)]
+  "window", [None, (0, 2), (np.array([0, 1, 2, 1, 0, 2]), 2)]
 )
 def test_equals_a_plain_loop(params, inputs, window):
   key = jax.random.key(3)
@@ -249,7 +249,7 @@ def test_guidance_is_two_forwards(params, inputs):
   guided = v_negative + scale[:, None, None, None] * (v - v_negative)
   np.testing.assert_allclose(step.mean, latents - 0.2 * guided, atol=2e-6)
   plain = run(params, inputs)
-  ones = dataclasses.replace(guidance, scale=jnp.float32(1))
+  ones = dataclasses.replace(guidance, scale=jnp.ones(B))
   same = run(params, inputs, guidance=ones)
   np.testing.assert_allclose(same.final, plain.final, atol=2e-5)
   other = run(params, inputs, guidance=guidance)

@@ -23,6 +23,16 @@ def reshard(tree: Any, shardings: Any) -> Any:
   return jax.device_put(tree, shardings, may_alias=False)
 
 
+@jax.jit
+def own(tree: Any) -> Any:
+  """The same values in buffers of their own, which may then be donated.
+
+  `jax.device_put` may share buffers with its source, whatever `may_alias`
+  says, when a single device's array becomes one shard of many.
+  """
+  return jax.tree.map(jnp.copy, tree)
+
+
 def checksum(tree: Any) -> tuple[int, np.ndarray]:
   """Number of leaves and one checksum each, the same in every layout.
 

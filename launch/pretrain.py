@@ -1,0 +1,95 @@
+"""Makes the embedded checkpoint: a small FLUX, trained on drawn scenes.
+
+  python launch/pretrain.py --config=configs/pretrain_shapes.py --workdir=DIR
+
+DIR/tiny_flux becomes a diffusers pipeline, DIR/pretrain.json tells how it was
+made and what it scores, DIR/samples.png shows it.
+"""
+
+import os
+import sys
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+from absl import flags
+from ml_collections import config_flags
+
+from digen_jax.launching import run_main, start_devices
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config",
+  "configs/pretrain_shapes.py",
+  "Config file; --config.a.b=value overrides a field.",
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "New or empty directory for the result."
+)
+flags.mark_flag_as_required("workdir")
+
+
+def main() -> None:
+  start_devices(1)
+  from digen_jax import pretrain
+  from digen_jax.data.captioned import draw_scenes, tokenize
+  from digen_jax.data.prompts import read_prompts
+  from digen_jax.data.scenes import WORDS
+  from digen_jax.data.tokenizer import write_tokenizers
+  from digen_jax.weights.export import fresh_directory
+
+  config = pretrain.PretrainConfig.from_dict(_CONFIG.value.to_dict())
+  prompts = read_prompts(config.eval_prompts)
+  clock = pretrain.Clock()
+  with fresh_directory(_WORKDIR.value) as workdir:
+    pipeline = workdir / "tiny_flux"
+    with clock.phase("draw scenes"):
+      images, captions = draw_scenes(
+        config.seed,
+        config.scenes,
+        variants=config.captions,
+        corruption=config.corruption,
+      )
+      tokens = write_tokenizers(pipeline, WORDS, config.max_length)
+      ids = tokenize(pipeline, captions, config.max_length)
+      networks = pretrain.create_networks(config, tokens)
+    with clock.phase("train the autoencoder"):
+      params = pretrain.train(
+        pretrain.autoencoder_loss(networks.autoencoder, config.kl_weight),
+        networks.autoencoder.params,
+        images,
+        config.autoencoder_training,
+        seed=config.seed,
+        report=print_progress,
+      )
+      networks = pretrain.with_autoencoder_params(networks, params, images)
+    with clock.phase("encode scenes"):
+      latents = pretrain.encode_images(networks.autoencoder, images)
+    with clock.phase("train the denoiser and the text encoders"):
+      params = pretrain.train(
+        pretrain.flow_loss(networks),
+        pretrain.flow_params(networks),
+        (latents, *ids),
+        config.flow_training,
+        seed=config.seed,
+        report=print_progress,
+      )
+      networks = pretrain.with_flow_params(networks, params)
+    pretrain.write_pipeline(pipeline, networks, config.max_length)
+    with clock.phase("score"):
+      scores = pretrain.evaluate(config, pipeline, prompts, workdir)
+    pretrain.write_record(workdir, config, scores, clock.seconds)
+  for name, value in scores.items():
+    print(f"{name:28} {value:.3f}")
+  print(f"pipeline in {_WORKDIR.value}/tiny_flux, {clock.total:.0f} s in all")
+
+
+def print_progress(progress) -> None:  # noqa: ANN001
+  p = progress
+  print(
+    f"  step {p.step}/{p.steps}  loss {p.loss:.4f}  "
+    f"{p.steps_per_second:.1f} steps/s  {p.seconds_left:.0f} s left",
+    flush=True,
+  )
+
+
+if __name__ == "__main__":
+  run_main(main)
