@@ -29,7 +29,7 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
   start_devices(1)
-  from digen_jax import pretrain
+  from digen_jax import pretrain, pretrain_files
   from digen_jax.data.captioned import draw_scenes, tokenize
   from digen_jax.data.prompts import read_prompts
   from digen_jax.data.scenes import WORDS
@@ -38,7 +38,7 @@ def main() -> None:
 
   config = pretrain.PretrainConfig.from_dict(_CONFIG.value.to_dict())
   prompts = read_prompts(config.eval_prompts)
-  clock = pretrain.Clock()
+  clock = pretrain_files.Clock()
   with fresh_directory(_WORKDIR.value) as workdir:
     pipeline = workdir / "tiny_flux"
     with clock.phase("draw scenes"):
@@ -73,10 +73,10 @@ def main() -> None:
         report=print_progress,
       )
       networks = pretrain.with_flow_params(networks, params)
-    pretrain.write_pipeline(pipeline, networks, config.max_length)
+    pretrain_files.write_pipeline(pipeline, networks, config.max_length)
     with clock.phase("score"):
-      scores = pretrain.evaluate(config, pipeline, prompts, workdir)
-    pretrain.write_record(workdir, config, scores, clock.seconds)
+      scores = pretrain_files.evaluate(config, pipeline, prompts, workdir)
+    pretrain_files.write_record(workdir, config, scores, clock.seconds)
   for name, value in scores.items():
     print(f"{name:28} {value:.3f}")
   print(f"pipeline in {_WORKDIR.value}/tiny_flux, {clock.total:.0f} s in all")

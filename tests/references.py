@@ -1,8 +1,16 @@
-"""Tiny random diffusers modules, the references of the parity tests."""
+"""Tiny random models of ours and diffusers', shared by the model tests."""
 
+import dataclasses
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
+
+from digen_jax import models
+from digen_jax.models import flux as flux_lib
+from digen_jax.types import Conditioning
 
 FLUX = dict(
   in_channels=16,
@@ -28,6 +36,8 @@ VAE = dict(
   use_quant_conv=False,
   use_post_quant_conv=False,
 )
+
+CONFIG = flux_lib.FluxConfig(**FLUX)
 
 
 def randomise(module, seed):
@@ -82,3 +92,30 @@ def flux_inputs(seed, batch, grid, text_len, guidance):
 def run_flux(module, inputs):
   inputs = {name: torch.from_numpy(x) for name, x in inputs.items()}
   return module(**inputs).sample.numpy()
+
+
+def random_model(seed=0, **overrides):
+  """A model with every parameter random; a fresh one outputs zero."""
+  config = dataclasses.replace(CONFIG, **overrides)
+  family = models.find_family("FluxTransformer2DModel")
+  model = models.abstract_model(family, config)
+  rng = np.random.default_rng(seed)
+
+  def draw(path, leaf):
+    kind = path[-1].key
+    fan_in = leaf.shape[-2] if kind == "kernel" else 16
+    noise = rng.normal(size=leaf.shape) / fan_in**0.5
+    return jnp.asarray(noise + (kind == "scale"), jnp.float32)
+
+  params = jax.tree.map_with_path(draw, model.params)
+  return dataclasses.replace(model, params=params)
+
+
+def arguments(seed=0, batch=3, height=6, width=4, text_len=5):
+  latents = jnp.asarray(normal(seed, batch, height, width, 4))
+  conditioning = Conditioning(
+    text=jnp.asarray(normal(seed + 1, batch, text_len, 20)),
+    pooled=jnp.asarray(normal(seed + 2, batch, 12)),
+    guidance=jnp.linspace(1.3, 4.1, batch),
+  )
+  return latents, jnp.linspace(0.13, 0.87, batch), conditioning

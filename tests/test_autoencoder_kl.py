@@ -4,12 +4,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import references
 import torch
 
 from digen_jax.errors import UserError
 from digen_jax.models.vae import autoencoder_kl
 from digen_jax.weights import load
+from tests import references
 
 
 def nchw(x):

@@ -1,52 +1,23 @@
 """The FLUX transformer against diffusers', and its pure form."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import references
 import torch
 from diffusers.models.embeddings import get_timestep_embedding
 from flax import nnx
 
 from digen_jax import models
 from digen_jax.errors import UserError
-from digen_jax.models import flux, layers
+from digen_jax.models import layers
 from digen_jax.models.attention import attention
-from digen_jax.types import Conditioning
 from digen_jax.weights import load
-
-CONFIG = flux.FluxConfig(**references.FLUX)
-
-
-def random_model(seed=0, **overrides):
-  """A model with every parameter random; a fresh one outputs zero."""
-  config = dataclasses.replace(CONFIG, **overrides)
-  family = models.find_family("FluxTransformer2DModel")
-  model = models.abstract_model(family, config)
-  rng = np.random.default_rng(seed)
-
-  def draw(path, leaf):
-    kind = path[-1].key
-    fan_in = leaf.shape[-2] if kind == "kernel" else 16
-    noise = rng.normal(size=leaf.shape) / fan_in**0.5
-    return jnp.asarray(noise + (kind == "scale"), jnp.float32)
-
-  params = jax.tree.map_with_path(draw, model.params)
-  return dataclasses.replace(model, params=params)
-
-
-def arguments(seed=0, batch=3, height=6, width=4, text_len=5):
-  n = references.normal
-  latents = jnp.asarray(n(seed, batch, height, width, 4))
-  conditioning = Conditioning(
-    text=jnp.asarray(n(seed + 1, batch, text_len, 20)),
-    pooled=jnp.asarray(n(seed + 2, batch, 12)),
-    guidance=jnp.linspace(1.3, 4.1, batch),
-  )
-  return latents, jnp.linspace(0.13, 0.87, batch), conditioning
+from tests import references
+from tests.references import arguments, random_model
 
 
 @pytest.mark.parametrize(
@@ -71,12 +42,26 @@ def arguments(seed=0, batch=3, height=6, width=4, text_len=5):
 )
 def test_matches_diffusers(tmp_path, overrides, batch, grid, text_len):
   reference = references.flux(seed=3, **overrides)
-  reference.save_pretrained(tmp_path)
-  guidance = reference.config.guidance_embeds
-  inputs = references.flux_inputs(5, batch, grid, text_len, guidance)
-  expected = references.run_flux(reference, inputs)
+  inputs = references.flux_inputs(
+    5, batch, grid, text_len, reference.config.guidance_embeds
+  )
+  check_parity(tmp_path, reference, inputs)
 
-  model = load.load_model(tmp_path)
+
+def test_small_variance_shows_every_epsilon(tmp_path):
+  """Tokens, queries and keys so small that the norms' epsilons matter."""
+  reference = references.flux(seed=4)
+  for name, parameter in reference.named_parameters():
+    if re.search(r"embedder\.(weight|bias)$|to_[qk]\.|add_[qk]_", name):
+      parameter.data *= 2e-3
+  check_parity(tmp_path, reference, references.flux_inputs(6, 2, (3, 4), 5, 1))
+
+
+def check_parity(directory, reference, inputs):
+  """Loads what diffusers saves and compares the outputs."""
+  reference.save_pretrained(directory)
+  expected = references.run_flux(reference, inputs)
+  model = load.load_model(directory)
   ids = {key: inputs.pop(key) for key in ("img_ids", "txt_ids")}
 
   @jax.jit
@@ -188,7 +173,7 @@ def test_apply_is_a_stable_static_argument():
 
 def test_fresh_model():
   """It predicts zero, and every parameter names its axes."""
-  model = models.create_model(CONFIG, jax.random.key(0))
+  model = models.create_model(references.CONFIG, jax.random.key(0))
   output = jax.jit(model.apply)(model.params, *arguments())
   np.testing.assert_array_equal(output, 0)
   kernels = model.params["double_blocks"]["attn"]["to_q"]["kernel"]
@@ -259,7 +244,9 @@ def test_attention_ignores_masked_keys():
 def test_config_rejects_what_it_cannot_do(change, message):
   family = models.find_family("FluxTransformer2DModel")
   raw = dict(_class_name=family.class_name) | references.FLUX
-  assert family.parse_config(raw | {"_diffusers_version": "1"}) == CONFIG
+  assert (
+    family.parse_config(raw | {"_diffusers_version": "1"}) == references.CONFIG
+  )
   with pytest.raises(UserError, match=message):
     family.parse_config(raw | change)
 

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_flux import arguments, random_model
 
 from digen_jax.errors import UserError
 from digen_jax.models import lora
+from tests.references import arguments, random_model
 
 TARGETS = (r"blocks\.attn\.", "x_embedder")
 ALPHA = 6.0

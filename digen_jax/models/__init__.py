@@ -40,6 +40,10 @@ class Family:
       self.config, raw, class_name=self.class_name, **compute
     )
 
+  def config_dict(self, config: Any) -> dict[str, Any]:
+    """Config record -> `config.json` content; undoes `parse_config`."""
+    return config_lib.to_dict(config, class_name=self.class_name)
+
 
 FAMILIES = {
   family.class_name: family

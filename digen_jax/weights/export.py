@@ -45,7 +45,7 @@ def save_module(
     directory: must be new or empty.
     params: without adapters (`lora.merge_lora`).
     config: content of `config.json`, with `_class_name`; see
-      `models.config.to_dict`.
+      `models.Family.config_dict`.
     dtype: of the file.
     max_shard_bytes: above, the weights are split into shards with an index.
 
@@ -74,7 +74,7 @@ def export_pipeline(
   Raises:
     UserError: the directory is not empty, or `source` is no pipeline.
   """
-  source = load_pipeline_config(source).path
+  source = load_pipeline_config(source, ("transformer",)).path
   config = read_json(module_directory(source, "transformer") / "config.json")
   dtype = dtype or jax.tree.leaves(params)[0].dtype
   with fresh_directory(directory) as temporary:

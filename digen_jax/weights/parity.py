@@ -6,14 +6,16 @@ the reference's own noise floors. Arrays are in the reference's layout (NCHW).
 """
 
 import dataclasses
-from collections.abc import Callable
+import functools
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from digen_jax.errors import UserError
+from digen_jax.models.layers import Params
 from digen_jax.weights import load
 
 FLOOR = 2e-5
@@ -21,7 +23,6 @@ NOISE_FACTOR = 8.0
 TIME_TABLE_FACTOR = 2.0
 
 Arrays = dict[str, np.ndarray]
-Method = Callable[[np.ndarray], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,7 +118,7 @@ def _run_flux(directory: Path, inputs: Arrays) -> list[tuple[str, jax.Array]]:
   ids = {key: x[0] if x.ndim == 3 else x for key, x in ids.items()}
 
   @jax.jit
-  def run(params: dict, *args: jax.Array, **kwargs: jax.Array) -> jax.Array:
+  def run(params: Params, *args: jax.Array, **kwargs: jax.Array) -> jax.Array:
     return nnx.merge(model.graphdef, params)(*args, **ids, **kwargs)
 
   arguments = [
@@ -138,33 +139,43 @@ def _run_autoencoder(
 ) -> list[tuple[str, jax.Array]]:
   model = load.load_autoencoder(directory)
 
-  def jitted(method: str, part: Callable) -> Method:
-    @jax.jit
-    def run(params: dict, x: jax.Array) -> jax.Array:
-      module = nnx.merge(model.graphdef, params)
-      y = part(getattr(module, method)(x.transpose(0, 2, 3, 1)))
-      return y.transpose(0, 3, 1, 2)
+  @functools.cache
+  def run(method: str, key: str) -> dict[str, jax.Array]:
+    x = _get(inputs, key, directory).transpose(0, 2, 3, 1)
+    run_method = _encode if method == "encode" else _decode
+    results = jax.jit(run_method, static_argnums=0)(
+      model.graphdef, model.params, x
+    )
+    return {name: y.transpose(0, 3, 1, 2) for name, y in results.items()}
 
-    return lambda x: run(model.params, x)
-
-  methods = {
-    "encode.parameters": ("sample", jitted("moments", lambda y: y)),
-    "encode.mean": ("sample", jitted("encode", lambda y: y[0])),
-    "encode.logvar": ("sample", jitted("encode", lambda y: y[1])),
-    "encode.std": (
-      "sample",
-      jitted("encode", lambda y: jax.numpy.exp(y[1] / 2)),
-    ),
-    "decode": ("z", jitted("decode", lambda y: y)),
-  }
   results = []
   for output in outputs:
-    method, _, variant = output.partition(":")
-    if method in methods and variant != "tiled":
-      default, run = methods[method]
-      x = _get(inputs, variant or default, directory)
-      results.append((output, run(x)))
+    name, _, variant = output.partition(":")
+    method = name.partition(".")[0]
+    if method in ("encode", "decode") and variant != "tiled":
+      key = variant or ("sample" if method == "encode" else "z")
+      if name in (found := run(method, key)):
+        results.append((output, found[name]))
   return results
+
+
+def _encode(
+  graphdef: nnx.GraphDef, params: Params, images: jax.Array
+) -> dict[str, jax.Array]:
+  module = nnx.merge(graphdef, params)
+  mean, logvar = module.encode(images)
+  return {
+    "encode.parameters": module.moments(images),
+    "encode.mean": mean,
+    "encode.logvar": logvar,
+    "encode.std": jnp.exp(logvar / 2),
+  }
+
+
+def _decode(
+  graphdef: nnx.GraphDef, params: Params, z: jax.Array
+) -> dict[str, jax.Array]:
+  return {"decode": nnx.merge(graphdef, params).decode(z)}
 
 
 def _read_npz(file: Path) -> Arrays:

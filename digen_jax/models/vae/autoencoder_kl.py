@@ -85,6 +85,15 @@ def parse_config(raw: Mapping[str, Any], **compute: Any) -> AutoencoderKLConfig:
   )
 
 
+def config_dict(config: AutoencoderKLConfig) -> dict[str, Any]:
+  """Config record -> `config.json` content; undoes `parse_config`."""
+  levels = len(config.block_out_channels)
+  return config_lib.to_dict(config, class_name="AutoencoderKL") | dict(
+    down_block_types=["DownEncoderBlock2D"] * levels,
+    up_block_types=["UpDecoderBlock2D"] * levels,
+  )
+
+
 class Conv(nnx.Module):
   """Square 2-D convolution on NHWC with a zero-padded border.
 

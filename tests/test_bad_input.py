@@ -1,0 +1,220 @@
+"""Bad input: one line, before expensive work, and the run directory intact."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from digen_jax import assets, training
+from digen_jax.config import from_config_dict
+from digen_jax.errors import UserError
+from digen_jax.pipeline.execute import UnitError
+from tests.small_run import small_config
+
+ROOT = Path(__file__).parents[1]
+WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+
+
+def refused(config, tmp_path, words):
+  """`training.Run` raises one line that has `words`; nothing is written."""
+  with pytest.raises(UserError, match=words) as error:
+    training.Run(from_config_dict(config), tmp_path / "run")
+  assert "\n" not in str(error.value)
+  assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+  return Path(shutil.copytree(assets.path("tiny_flux"), tmp_path / "flux"))
+
+
+@pytest.mark.parametrize(
+  ("content", "words"),
+  [
+    (None, "does not exist"),
+    (b"", "no prompt"),
+    (b"\n  \n\n", "no prompt"),
+    (b"a red circle\n\xff\xfe bad\n", "line 2.*UTF-8|UTF-8.*line 2"),
+  ],
+)
+def test_prompt_files(content, words, prompts_file, tmp_path):
+  file = tmp_path / "bad.txt"
+  if content is not None:
+    file.write_bytes(content)
+  config = small_config(file)
+  refused(config, tmp_path, words)
+
+
+def test_blank_lines_between_prompts_are_fine(tmp_path):
+  from digen_jax.data.prompts import read_prompts
+
+  file = tmp_path / "p.txt"
+  file.write_bytes("\ufeffa red circle\r\n\r\n  \nthree green squares".encode())
+  assert read_prompts(file) == ["a red circle", "three green squares"]
+
+
+def edit_tensors(checkpoint, edit):
+  tensors = load_file(checkpoint / WEIGHTS)
+  edit(tensors)
+  save_file(tensors, checkpoint / WEIGHTS)
+
+
+def test_missing_file(checkpoint, prompts_file, tmp_path):
+  (checkpoint / "vae" / "config.json").unlink()
+  config = small_config(prompts_file)
+  config.checkpoint = str(checkpoint)
+  refused(config, tmp_path, r"lacks vae/config\.json")
+
+
+def test_truncated_weights(checkpoint, prompts_file, tmp_path):
+  file = checkpoint / WEIGHTS
+  file.write_bytes(file.read_bytes()[:-100])
+  config = small_config(prompts_file)
+  config.checkpoint = str(checkpoint)
+  refused(config, tmp_path, "diffusion_pytorch_model.*truncated")
+
+
+@pytest.mark.parametrize(
+  ("edit", "words"),
+  [
+    (lambda t: t.pop("x_embedder.weight"), "'x_embedder.weight'.*missing"),
+    (
+      lambda t: t.update({"x_embedder.weight": np.ones((3, 4), np.float32)}),
+      r"'x_embedder.weight'.*is \[3, 4\]",
+    ),
+    (
+      lambda t: t.update({"extra.weight": np.ones(2, np.float32)}),
+      "'extra.weight'.*not part of",
+    ),
+  ],
+)
+def test_tensors(edit, words, checkpoint, prompts_file, tmp_path):
+  edit_tensors(checkpoint, edit)
+  config = small_config(prompts_file)
+  config.checkpoint = str(checkpoint)
+  refused(config, tmp_path, words)
+
+
+@pytest.mark.parametrize(
+  ("rollout", "trainer", "words"),
+  [
+    (4, 5, "there are 8"),
+    ({"tensor": 3}, 1, "tensor.*3.*does not divide"),
+    (1, {"tensor": 3}, "tensor.*3.*does not divide"),
+  ],
+)
+def test_devices(rollout, trainer, words, prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.mesh.rollout, config.mesh.trainer = rollout, trainer
+  refused(config, tmp_path, words)
+
+
+def test_image_size(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.sampling.height = 36
+  refused(config, tmp_path, r"config\.sampling\.height=36 must be")
+
+
+def test_lora_target(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.train.lora_rank, config.train.lora_targets = 4, ("nothing",)
+  refused(config, tmp_path, "'nothing' matches no linear layer")
+
+
+REWARD = """
+import numpy as np
+calls = 0
+def nan(images, prompts):
+  return [float("nan")] * len(prompts)
+def short(images, prompts):
+  return [0.0] * (len(prompts) - 1)
+def broken(images, prompts):
+  raise RuntimeError("the server is down")
+def later(images, prompts):
+  # Fine for the first evaluation, not for the first step.
+  global calls
+  calls += 1
+  return np.full(len(prompts), 0.5 if calls < 2 else np.nan)
+"""
+
+
+@pytest.mark.parametrize(
+  ("function", "words"),
+  [
+    ("nan", "returned nan for sample 0, prompt"),
+    ("short", "one float per sample"),
+    ("broken", "raised RuntimeError: the server is down"),
+  ],
+)
+def test_rewards(function, words, prompts_file, tmp_path):
+  (tmp_path / "rewards.py").write_text(REWARD)
+  config = small_config(prompts_file)
+  config.reward = f"{tmp_path}/rewards.py:{function}"
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  with pytest.raises(UserError, match=words):
+    training.train(from_config_dict(config), tmp_path / "run")
+
+
+def test_a_reward_that_fails_later_leaves_a_checkpoint(prompts_file, tmp_path):
+  (tmp_path / "rewards.py").write_text(REWARD)
+  config = small_config(prompts_file)
+  config.reward = f"{tmp_path}/rewards.py:later"
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  with pytest.raises(UnitError, match=r"score unit of samples .* nan"):
+    training.train(from_config_dict(config), tmp_path / "run")
+  config.reward = "shapes"
+  job = training.Run(from_config_dict(config), tmp_path / "run")
+  assert job.step == 0
+  job.close()
+
+
+def launch(script, *args, **env):
+  return subprocess.run(
+    [sys.executable, ROOT / "launch" / script, *args],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+    env=os.environ | env,
+  )
+
+
+@pytest.mark.parametrize(
+  ("args", "words"),
+  [
+    (["--config=configs/none.py"], "config file .*none.py does not exist"),
+    (
+      ["--config=configs/tiny_shapes.py", "--config.batch.grup_size=3"],
+      "config.batch.grup_size: did you mean config.batch.group_size?",
+    ),
+    (
+      ["--config=configs/tiny_shapes.py", "--config.batch.group_size=1"],
+      "config.batch.group_size must be at least 2",
+    ),
+    (["--config=configs/tiny_shapes.py", "--sed=1"], "'sed'"),
+  ],
+)
+def test_launch_scripts_print_one_line(args, words, tmp_path):
+  done = launch("train.py", f"--workdir={tmp_path}/run", *args)
+  assert done.returncode != 0
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("error: ")
+  assert words.split(" .*")[0] in line
+  assert not (tmp_path / "run").exists()
+
+
+def test_other_scripts_refuse_what_is_not_a_run(tmp_path, prompts_file):
+  done = launch("export.py", f"--run={tmp_path}", f"--out={tmp_path}/out")
+  assert done.returncode == 2
+  assert "is not a run" in done.stderr
+  json_file = tmp_path / "config.json"
+  json_file.write_text(json.dumps({}))
+  done = launch("evaluate.py", f"--run={tmp_path}", f"--prompts={prompts_file}")
+  assert done.returncode == 2
+  assert "is not a run" in done.stderr

@@ -1,0 +1,147 @@
+"""Stopping and going on: the same end, whatever happened on the way."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from digen_jax import runs, training
+from digen_jax.checkpoint import to_host
+from digen_jax.config import from_config_dict
+from digen_jax.errors import UserError
+from digen_jax.metrics import read_metrics
+from tests.small_run import distance, small_config
+
+ROOT = Path(__file__).parents[1]
+
+
+def final_params(config, workdir):
+  """State of a finished run; its split need not be that of `config`."""
+  job = training.Run(from_config_dict(config), workdir)
+  assert job.step == config.steps
+  params = to_host(job.placement.state)
+  job.close()
+  return params
+
+
+def test_resumed_run_equals_the_uninterrupted_one(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.checkpoint_every = 2
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  training.train(from_config_dict(config), tmp_path / "whole")
+  config.steps = 2
+  training.train(from_config_dict(config), tmp_path / "parts")
+  config.steps = 3
+  training.train(from_config_dict(config), tmp_path / "parts")
+  whole = final_params(config, tmp_path / "whole")
+  parts = final_params(config, tmp_path / "parts")
+  jax.tree.map(np.testing.assert_array_equal, whole, parts)
+  rows = [
+    read_metrics(tmp_path / d / "metrics.jsonl") for d in ("whole", "parts")
+  ]
+  assert [r["step"] for r in rows[1]] == [0, 1, 2]
+  for name in ("reward_mean", "grad_norm", "ratio_mean"):
+    assert [r[name] for r in rows[0]] == [r[name] for r in rows[1]]
+
+
+def test_another_run_in_the_directory_is_refused(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.steps = 1
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  training.train(from_config_dict(config), tmp_path)
+  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  config.seed = 1
+  with pytest.raises(UserError, match=r"config\.seed=0, not 1"):
+    training.train(from_config_dict(config), tmp_path)
+  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+
+
+CONFIG_FILE = """
+from tests.small_run import distance, small_config
+
+def get_config():
+  config = small_config({prompts!r})
+  config.steps = 5
+  config.checkpoint_every = 1
+  config.eval_every = 2
+  config.devices = 2
+  return config
+"""
+
+
+def launch_train(config_file, workdir):
+  return subprocess.Popen(
+    [
+      sys.executable,
+      ROOT / "launch" / "train.py",
+      f"--config={config_file}",
+      f"--workdir={workdir}",
+    ],
+    stdout=subprocess.DEVNULL,
+    stderr=subprocess.PIPE,
+    text=True,
+  )
+
+
+def saved_state(workdir):
+  """Arrays of the newest checkpoint, and the metrics rows."""
+  job = training.Run(runs.read_config(workdir), workdir)
+  state = to_host(job.placement.state)
+  assert job.step == 5
+  job.close()
+  rows = read_metrics(workdir / "metrics.jsonl")
+  return state, [(r["step"], r["reward_mean"], r["grad_norm"]) for r in rows]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_random_moments_it_ends_the_same(
+  seed, prompts_file, tmp_path
+):
+  file = tmp_path / "config.py"
+  file.write_text(CONFIG_FILE.format(prompts=str(prompts_file)))
+  began = time.monotonic()
+  assert launch_train(file, tmp_path / "whole").wait() == 0
+  whole_seconds = time.monotonic() - began
+  rng = random.Random(seed)
+  kills = 0
+  while True:
+    process = launch_train(file, tmp_path / "killed")
+    try:
+      # The later attempts start warm and late: aim at the whole of a run.
+      process.wait(rng.uniform(0.3, 1.1) * whole_seconds)
+    except subprocess.TimeoutExpired:
+      os.kill(process.pid, signal.SIGKILL)
+      process.wait()
+      kills += 1
+      continue
+    assert process.returncode == 0, process.stderr.read()
+    break
+  assert kills > 0 or seed  # at least one seed has been interrupted
+  whole, killed = (saved_state(tmp_path / d) for d in ("whole", "killed"))
+  jax.tree.map(np.testing.assert_array_equal, whole[0], killed[0])
+  assert whole[1] == killed[1]
+
+
+def test_resumes_on_another_split(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  config.steps = 2
+  training.train(from_config_dict(config), tmp_path / "run")
+  shutil.copytree(tmp_path / "run", tmp_path / "moved")
+  config.steps = 3
+  training.train(from_config_dict(config), tmp_path / "run")
+  config.mesh.rollout, config.mesh.trainer = 2, 6
+  training.train(from_config_dict(config), tmp_path / "moved")
+  stayed, moved = (
+    final_params(config, tmp_path / d)["trainable"] for d in ("run", "moved")
+  )
+  assert 0 < distance(stayed, moved) < 1e-4

@@ -1,0 +1,391 @@
+"""Checkpoints in diffusers' layout: loading, its failures, and exporting."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, FluxTransformer2DModel
+from safetensors.numpy import load_file, save_file
+
+from digen_jax.errors import UserError
+from digen_jax.models.vae import autoencoder_kl
+from digen_jax.parallel import mesh as mesh_lib
+from digen_jax.parallel import rules
+from digen_jax.weights import export, load, parity, safetensors
+from tests import references
+
+FILE = "diffusion_pytorch_model.safetensors"
+TENSOR = "transformer_blocks.1.attn.to_q.weight"
+
+
+@pytest.fixture(scope="module")
+def reference():
+  return references.flux(seed=7)
+
+
+@pytest.fixture(scope="module")
+def saved(reference, tmp_path_factory):
+  path = tmp_path_factory.mktemp("flux")
+  reference.save_pretrained(path)
+  return path
+
+
+@pytest.fixture
+def copy(saved, tmp_path):
+  return shutil.copytree(saved, tmp_path / "transformer")
+
+
+def edit(directory, change):
+  """Rewrites the tensors of a module directory."""
+  tensors = load_file(directory / FILE)
+  change(tensors)
+  save_file(tensors, directory / FILE)
+
+
+def test_kernels_are_stacked_and_transposed(saved, reference):
+  params = load.load_model(saved).params
+  kernel = params["double_blocks"]["attn"]["to_out"]["kernel"]
+  for i, block in enumerate(reference.transformer_blocks):
+    np.testing.assert_array_equal(kernel[i], block.attn.to_out[0].weight.T)
+  count = sum(leaf.size for leaf in jax.tree.leaves(params))
+  assert count == sum(p.numel() for p in reference.parameters())
+
+
+def test_shards_load_like_one_file(saved, reference, tmp_path):
+  reference.save_pretrained(tmp_path, max_shard_size="100KB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 2
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    load.load_model(tmp_path).params,
+    load.load_model(saved).params,
+  )
+
+
+def test_dtypes(saved, tmp_path):
+  half = references.flux(seed=7).to(torch.bfloat16)
+  half.save_pretrained(tmp_path)
+  full = load.load_model(saved)
+  widened = load.load_model(tmp_path)
+  narrowed = load.load_model(saved, dtype="bfloat16")
+  mixed = load.load_model(saved, dtype="bfloat16", param_dtype="float32")
+  for model, params_dtype, dtype in (
+    (widened, jnp.float32, jnp.float32),
+    (narrowed, jnp.bfloat16, jnp.bfloat16),
+    (mixed, jnp.float32, jnp.bfloat16),
+  ):
+    assert {x.dtype for x in jax.tree.leaves(model.params)} == {
+      jnp.dtype(params_dtype)
+    }
+    assert model.config.dtype == dtype
+  jax.tree.map(
+    lambda a, b, c: (
+      np.testing.assert_array_equal(a, b.astype(jnp.bfloat16)),
+      np.testing.assert_array_equal(a, c.astype(jnp.bfloat16)),
+    ),
+    narrowed.params,
+    widened.params,
+    full.params,
+  )
+
+
+def test_each_device_gets_its_part(saved):
+  whole = load.load_model(saved)
+  mesh = mesh_lib.make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4])
+  model = load.load_model(saved, mesh=mesh, rules=rules.TRAINER)
+  kernel = model.params["double_blocks"]["attn"]["to_q"]["kernel"]
+  assert {shard.data.shape for shard in kernel.addressable_shards} == {
+    (2, 24, 24)
+  }
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    jax.device_get(model.params),
+    jax.device_get(whole.params),
+  )
+
+
+def test_old_names_of_the_autoencoders_attention(tmp_path):
+  reference = references.autoencoder(seed=1)
+  reference.save_pretrained(tmp_path)
+  expected = load.load_autoencoder(tmp_path).params
+  old = dict(to_q="query", to_k="key", to_v="value")
+
+  def rename(tensors):
+    for name in list(tensors):
+      for new, older in (old | {"to_out.0": "proj_attn"}).items():
+        if f".{new}." in name:
+          tensors[name.replace(new, older)] = tensors.pop(name)
+
+  edit(tmp_path, rename)
+  assert any("proj_attn" in name for name in load_file(tmp_path / FILE))
+  actual = load.load_autoencoder(tmp_path).params
+  jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+def test_tensors_that_do_not_fit_are_named(copy):
+  file = str(copy / FILE)
+  edit(copy, lambda t: t.update({TENSOR: np.zeros((3, 48), np.float32)}))
+  with pytest.raises(UserError) as error:
+    load.load_model(copy)
+  for part in (TENSOR, file, "[3, 48]", "[48, 48]"):
+    assert part in str(error.value)
+
+  edit(copy, lambda t: t.pop(TENSOR))
+  with pytest.raises(UserError, match=rf"{TENSOR}' \[48, 48\] is missing"):
+    load.load_model(copy)
+
+  extra = np.zeros(2, np.float32)
+  edit(copy, lambda t: t.update({TENSOR: np.zeros((48, 48)), "x.y": extra}))
+  with pytest.raises(UserError, match=r"'x.y' \[2\] in .* not part of"):
+    load.load_model(copy)
+  assert "\n" not in str(error.value)
+
+
+def test_damaged_files_are_named(copy):
+  file = copy / FILE
+  content = file.read_bytes()
+  file.write_bytes(content[:-100])
+  with pytest.raises(UserError, match=rf"{file} is truncated: tensor"):
+    load.load_model(copy)
+  file.write_bytes(content[:200])
+  with pytest.raises(UserError, match=rf"{file} is truncated or no"):
+    load.load_model(copy)
+  file.write_bytes(b"")
+  with pytest.raises(UserError, match=rf"{file} is truncated or no"):
+    load.load_model(copy)
+  file.write_bytes(content[:8] + b"?" + content[9:])
+  with pytest.raises(UserError, match=rf"{file} has an unreadable"):
+    load.load_model(copy)
+  file.unlink()
+  with pytest.raises(UserError, match=rf"{copy} has no {FILE}"):
+    load.load_model(copy)
+
+
+def test_damaged_header_entries_are_named(tmp_path):
+  def write(entry):
+    header = json.dumps({"w": entry}).encode()
+    file = tmp_path / FILE
+    file.write_bytes(len(header).to_bytes(8, "little") + header + bytes(8))
+    return safetensors.list_tensors(tmp_path)
+
+  good = dict(dtype="F32", shape=[2], data_offsets=[0, 8])
+  np.testing.assert_array_equal(write(good)["w"].view(), [0, 0])
+  for change, message in (
+    (dict(shape=[3]), r"8 bytes do not hold F32 \[3\]"),
+    (dict(dtype="F8_E4M3"), "dtype F8_E4M3"),
+    (dict(data_offsets=[8]), "damaged header entry"),
+  ):
+    with pytest.raises(UserError, match=message):
+      write(good | change)
+
+
+def test_missing_shards_are_named(reference, tmp_path):
+  reference.save_pretrained(tmp_path, max_shard_size="100KB")
+  shard = sorted(tmp_path.glob("*-00002-of-*.safetensors"))[0]
+  shard.unlink()
+  with pytest.raises(UserError, match=rf"lacks 1 of .* {shard.name}"):
+    load.load_model(tmp_path)
+  (tmp_path / f"{FILE}.index.json").write_text("{}")
+  with pytest.raises(UserError, match="is no index of shards"):
+    load.load_model(tmp_path)
+
+
+def test_directories_that_are_no_checkpoint(copy, tmp_path):
+  with pytest.raises(UserError, match=r"nowhere does not exist"):
+    load.load_model(tmp_path / "nowhere")
+  with pytest.raises(UserError, match="has no config"):
+    load.load_model(tmp_path)
+  with pytest.raises(UserError, match="FluxTransformer2DModel"):
+    load.load_autoencoder(copy)
+  (copy / "config.json").write_text("{")
+  with pytest.raises(UserError, match="not valid JSON"):
+    load.load_model(copy)
+  (copy / "config.json").write_text('{"_class_name": "UNet2DModel"}')
+  with pytest.raises(UserError, match="'UNet2DModel' is not a supported"):
+    load.load_model(copy)
+
+
+@pytest.fixture
+def pipeline(saved, tmp_path):
+  path = tmp_path / "pipeline"
+  shutil.copytree(saved, path / "transformer")
+  references.autoencoder().save_pretrained(path / "vae")
+  (path / "scheduler").mkdir()
+  (path / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
+  (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+  return path
+
+
+def test_pipeline_config(pipeline):
+  parts = ("transformer", "vae", "scheduler")
+  config = load.load_pipeline_config(pipeline, parts)
+  assert config.family.class_name == "FluxTransformer2DModel"
+  assert config.scheduler == {"shift": 3.0}
+  with pytest.raises(UserError) as error:
+    load.load_pipeline_config(pipeline)
+  for part in ("text_encoder/config.json", "tokenizer_2/tokenizer.json"):
+    assert part in str(error.value)
+  assert "vae" not in str(error.value).replace(str(pipeline), "")
+  (pipeline / "vae" / FILE).unlink()
+  with pytest.raises(UserError, match=rf"lacks vae/{FILE}"):
+    load.load_pipeline_config(pipeline, parts)
+  (pipeline / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
+  with pytest.raises(UserError, match="WanPipeline"):
+    load.load_pipeline_config(pipeline, parts)
+
+
+@pytest.mark.parametrize("shard_bytes", [export.MAX_SHARD_BYTES, 100_000])
+def test_diffusers_loads_what_we_save(reference, saved, tmp_path, shard_bytes):
+  model = load.load_model(saved)
+  raw = model.family.config_dict(model.config)
+  out = tmp_path / "out"
+  export.save_module(out, model.params, raw, max_shard_bytes=shard_bytes)
+  assert (out / f"{FILE}.index.json").exists() == (shard_bytes == 100_000)
+  again, problems = FluxTransformer2DModel.from_pretrained(
+    out, output_loading_info=True
+  )
+  assert not any(problems.values())
+  expected = reference.state_dict()
+  actual = again.state_dict()
+  assert actual.keys() == expected.keys()
+  for name, tensor in actual.items():
+    torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def test_autoencoder_round_trip(tmp_path):
+  reference = references.autoencoder(seed=2, use_quant_conv=True)
+  reference.save_pretrained(tmp_path / "in")
+  model = load.load_autoencoder(tmp_path / "in")
+  raw = autoencoder_kl.config_dict(model.config)
+  export.save_module(tmp_path / "out", model.params, raw)
+  again = AutoencoderKL.from_pretrained(tmp_path / "out")
+  expected = reference.state_dict()
+  for name, tensor in again.state_dict().items():
+    torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+  assert again.config.shift_factor == reference.config.shift_factor
+  assert again.config.block_out_channels == [8, 16]
+
+
+def test_pipeline_export_replaces_the_transformer_alone(pipeline, tmp_path):
+  params = jax.tree.map(lambda x: x * 2, load.load_model(pipeline).params)
+  out = tmp_path / "deep" / "out"
+  export.export_pipeline(pipeline, out, params)
+  assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
+    p.relative_to(pipeline) for p in pipeline.rglob("*")
+  )
+  assert (out / "vae" / FILE).read_bytes() == (
+    pipeline / "vae" / FILE
+  ).read_bytes()
+  before = load_file(pipeline / "transformer" / FILE)
+  after = load_file(out / "transformer" / FILE)
+  np.testing.assert_array_equal(after[TENSOR], 2 * before[TENSOR])
+
+  with pytest.raises(UserError, match="not empty"):
+    export.export_pipeline(pipeline, out, params)
+  assert list(out.parent.iterdir()) == [out]
+
+
+def test_failed_export_leaves_nothing(pipeline, tmp_path):
+  params = load.load_model(pipeline).params
+  (pipeline / "transformer" / "config.json").write_text(
+    '{"_class_name": "UNet2DModel"}'
+  )
+  with pytest.raises(UserError, match="UNet2DModel"):
+    export.export_pipeline(pipeline, tmp_path / "new" / "out", params)
+  assert list((tmp_path / "new").iterdir()) == []
+
+
+def write_case(directory, outputs, inputs):
+  np.savez(directory / "inputs.npz", **inputs)
+  np.savez(directory / "outputs.npz", **outputs)
+
+
+def test_parity_of_an_autoencoder_case(tmp_path):
+  reference = references.autoencoder(seed=3)
+  reference.save_pretrained(tmp_path)
+  inputs = {"sample": references.normal(0, 2, 3, 12, 8)}
+  inputs |= {"z": references.normal(1, 1, 4, 3, 5)}
+  inputs |= {"z_one": references.normal(2, 1, 4, 2, 2)}
+  posterior = reference.encode(torch.from_numpy(inputs["sample"])).latent_dist
+  decoded = {
+    key: reference.decode(torch.from_numpy(inputs[key])).sample.numpy()
+    for key in ("z", "z_one")
+  }
+  outputs = {
+    "encode.parameters": posterior.parameters.numpy(),
+    "encode.mean": posterior.mean.numpy(),
+    "encode.logvar": posterior.logvar.numpy(),
+    "encode.std": posterior.std.numpy(),
+    "decode": decoded["z"],
+    "decode:z_one": decoded["z_one"] + 3e-5,
+    "decode:tiled": decoded["z"] + 1,
+    "forward_mode": decoded["z"] + 1,
+  }
+  write_case(tmp_path, outputs, inputs)
+  results = {r.output: r for r in parity.check_case(tmp_path)}
+  assert list(results) == list(outputs)[:-2]
+  assert [r.passed for r in results.values()] == [True] * 5 + [False]
+  np.testing.assert_allclose(results["decode:z_one"].max_abs, 3e-5, rtol=0.2)
+
+  meta = {"fp32_vs_fp64": {"decode:z_one": {"max_abs": 5e-6}}}
+  (tmp_path / "meta.json").write_text(json.dumps(meta))
+  assert all(r.passed for r in parity.check_case(tmp_path))
+  write_case(tmp_path, {"decode": np.full((1, 3, 6, 10), np.nan)}, inputs)
+  assert not parity.check_case(tmp_path)[0].passed
+  write_case(tmp_path, {"decode": decoded["z"][:, :, 1:]}, inputs)
+  assert parity.check_case(tmp_path)[0].max_abs == np.inf
+  write_case(tmp_path, {"decode": decoded["z"]}, {})
+  with pytest.raises(UserError, match="lacks 'z'"):
+    parity.check_case(tmp_path)
+  write_case(tmp_path, {"forward_mode": decoded["z"]}, inputs)
+  with pytest.raises(UserError, match="nothing to compare"):
+    parity.check_case(tmp_path)
+
+
+def test_tolerance():
+  meta = {
+    "fp32_vs_fp64": {"a": {"max_abs": 1e-6}, "b": {"max_abs": 1e-5}},
+    "time_table_ulp_sens": {"c": 1e-5},
+  }
+  tolerances = [parity.tolerance(name, meta) for name in "abcd"]
+  np.testing.assert_allclose(tolerances, [2e-5, 8e-5, 4e-5, 2e-5])
+
+
+def test_check_parity_command(reference, copy, tmp_path):
+  inputs = references.flux_inputs(1, 2, (3, 2), 4, guidance=True)
+  sample = references.run_flux(reference, inputs)
+  write_case(copy, {"sample": sample}, inputs)
+  meta = {"time_table_ulp_sens": {"sample": 1e-5}}
+  (copy / "meta.json").write_text(json.dumps(meta))
+  bad = shutil.copytree(copy, tmp_path / "bad")
+  write_case(bad, {"sample": sample + 1e-3}, inputs)
+  script = Path(__file__).parents[1] / "launch" / "check_parity.py"
+
+  def run(*cases):
+    return subprocess.run(
+      [sys.executable, script, *(f"--case={case}" for case in cases)],
+      capture_output=True,
+      text=True,
+      cwd=script.parents[1],
+      env=os.environ | {"PYTHONPATH": str(script.parents[1])},
+    )
+
+  result = run(copy, bad)
+  first, second = result.stdout.splitlines()
+  assert first.startswith("transformer sample max_abs=")
+  assert " rel=" in first
+  assert first.endswith("tol=4.00e-05 PASS")
+  assert second.startswith("bad sample max_abs=1.0")
+  assert second.endswith("FAIL")
+  assert result.returncode == 1
+  result = run(tmp_path / "nowhere")
+  assert result.returncode == 2
+  assert result.stderr.count("\n") == 1
+  assert "nowhere does not exist" in result.stderr
