@@ -5,8 +5,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from absl import logging
-
 from digen_jax import assemble, run_files
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Config, to_dict
@@ -111,9 +109,7 @@ class Run:
     run_files.check_resumable(
       self.config, self.checkpoints.record(found), self.workdir
     )
-    self.placement.restore(
-      self.checkpoints.load(found, self.placement.state)
-    )
+    self.placement.restore(self.checkpoints.load(found, self.placement.state))
     return found
 
   def save(self) -> None:
@@ -246,12 +242,13 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   """
   run = Run(config, workdir)
   files = run_files.RunFiles(run.workdir, config, run.meshes, run.step)
-  logging.info("compiling for %s", run_files.describe(run.meshes))
-  run.program.warm_up()
   progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:
+    if run.step < config.steps:
+      progress.message(f"compiling for {run_files.describe(run.meshes)}")
+      run.program.warm_up()
     if run.step == 0:
-      files.evaluated(run.evaluate())
+      _evaluate(run, files, progress)
       run.save()
     while run.step < config.steps:
       row, spans = run.train_one_step()
@@ -259,7 +256,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       progress.update(run.step, row)
       last = run.step == config.steps
       if last or _due(run.step, config.eval_every):
-        files.evaluated(run.evaluate())
+        _evaluate(run, files, progress)
         files.explored(run.program.samples)
       if last or _due(run.step, config.checkpoint_every):
         run.save()
@@ -269,6 +266,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     files.close()
   write_report(run.workdir)
   return files.summary()
+
+
+def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:
+  result = run.evaluate()
+  files.evaluated(result)
+  progress.message(
+    f"held-out reward after {run.step} steps: {result.rewards.mean():.3f}"
+  )
 
 
 def _due(step: int, every: int) -> bool:

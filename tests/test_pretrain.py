@@ -53,6 +53,11 @@ CONFIG = pretrain.PretrainConfig(
 TOKENS = TokenizerInfo(600, 598, 599, 100, 10)
 
 
+@pytest.fixture(scope="module")
+def networks():
+  return pretrain.create_networks(CONFIG, TOKENS)
+
+
 # Data.
 
 
@@ -133,32 +138,30 @@ def test_train_minimises_and_averages():
   assert float(again["w"]) == float(result["w"])
 
 
-def test_flow_loss_of_an_untrained_model_is_the_velocity_itself():
-  networks = pretrain.create_networks(CONFIG, TOKENS)
+def test_flow_loss_of_an_untrained_model_is_the_velocity_itself(networks):
   latents = np.full((64, 8, 8, 4), 2.0, np.float32)
   ids = np.zeros((64, 3, 10), np.int32)
-  value = pretrain.flow_loss(networks)(
+  value = jax.jit(pretrain.flow_loss(networks))(
     pretrain.flow_params(networks), (latents, ids, ids), jax.random.key(0)
   )
   # A fresh model predicts 0: E (noise - 2)^2 = 1 + 4.
   assert float(value) == pytest.approx(5.0, abs=0.05)
 
 
-def test_autoencoder_loss_counts_both_errors_and_the_kl():
-  networks = pretrain.create_networks(CONFIG, TOKENS)
+def test_autoencoder_loss_counts_both_errors_and_the_kl(networks):
   autoencoder = networks.autoencoder
   # With all weights 0 mean, log-variance and output are 0.
   zeros = jax.tree.map(jnp.zeros_like, autoencoder.params)
   images = np.full((2, 32, 32, 3), 255, np.uint8)
-  loss = pretrain.autoencoder_loss(autoencoder, 0.0)
+  loss = jax.jit(pretrain.autoencoder_loss(autoencoder, 0.5))
+  # (0 - 1)^2 four times, |0 - 1| once, and no divergence.
   assert float(loss(zeros, images, jax.random.key(0))) == pytest.approx(5.0)
+  # Mean 2 everywhere: a divergence of 2 per element.
   zeros["encoder"]["conv_out"]["bias"] = jnp.array([2.0] * 4 + [0.0] * 4)
-  loss = pretrain.autoencoder_loss(autoencoder, 0.5)
   assert float(loss(zeros, images, jax.random.key(0))) == pytest.approx(6.0)
 
 
-def test_latents_are_normalised():
-  networks = pretrain.create_networks(CONFIG, TOKENS)
+def test_latents_are_normalised(networks):
   images, _ = draw_scenes(0, 30)
   params = networks.autoencoder.params
   networks = pretrain.with_autoencoder_params(networks, params, images)

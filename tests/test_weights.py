@@ -239,6 +239,9 @@ def test_pipeline_config(pipeline):
   (pipeline / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
   with pytest.raises(UserError, match="WanPipeline"):
     load.load_pipeline_config(pipeline, parts)
+  (pipeline / "model_index.json").unlink()
+  with pytest.raises(UserError, match="has no model_index"):
+    load.load_pipeline_config(pipeline, parts)
 
 
 @pytest.mark.parametrize("shard_bytes", [export.MAX_SHARD_BYTES, 100_000])

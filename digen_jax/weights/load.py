@@ -83,6 +83,11 @@ def load_pipeline_config(
   path = Path(path)
   if not path.is_dir():
     raise UserError(f"checkpoint directory {path} does not exist")
+  if not (path / "model_index.json").exists():
+    raise UserError(
+      f"{path} has no model_index.json: give a whole pipeline directory, as "
+      "diffusers' save_pretrained writes it"
+    )
   index = read_json(path / "model_index.json")
   pipelines = {f.pipeline_name: f for f in FAMILIES.values()}
   name = index.get("_class_name")
