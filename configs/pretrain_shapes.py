@@ -12,9 +12,9 @@ def get_config():
   return ml_collections.ConfigDict(
     dict(
       seed=0,
-      scenes=30_000,
+      scenes=24_000,
       captions=4,
-      corruption=0.35,
+      corruption=0.3,
       max_length=10,
       kl_weight=3e-5,
       autoencoder=dict(
@@ -45,8 +45,10 @@ def get_config():
         num_heads=2,
         feed_forward_proj="gated-gelu",
       ),
-      autoencoder_training=dict(steps=1500, batch=16, learning_rate=4e-3),
-      flow_training=dict(steps=1600, batch=128, learning_rate=2e-3, ema=0.995),
+      autoencoder_training=dict(steps=1200, batch=16, learning_rate=4e-3),
+      flow_training=dict(
+        steps=3000, batch=64, learning_rate=2e-3, warmup=100, ema=0.995
+      ),
       eval_prompts=assets.path("prompts_heldout.txt"),
       eval_steps=10,
     )

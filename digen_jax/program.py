@@ -7,7 +7,6 @@ its five actions runs; every action returns at once with a handle.
 
 import concurrent.futures
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -157,17 +156,6 @@ class Program:
     self.samples: Samples | None = None
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0
-    # On the host's own device: an accelerator is busy with the next unit.
-    self._advantages = jax.jit(
-      functools.partial(
-        group_advantages,
-        scope=work.scope,
-        ddof=config.advantage.ddof,
-        eps=config.advantage.eps,
-        clip=config.advantage.clip,
-      ),
-      device=jax.local_devices(backend="cpu")[0],
-    )
     self._threads = concurrent.futures.ThreadPoolExecutor(
       max_workers=4, thread_name_prefix="reward"
     )
@@ -378,9 +366,14 @@ class Program:
       rows = slice(
         groups[0] * work.group_size, (groups[-1] + 1) * work.group_size
       )
-      samples.advantages[rows] = self._advantages(
+      settings = self.config.advantage
+      samples.advantages[rows] = group_advantages(
         samples.rewards[rows],
-        np.arange(rows.start, rows.stop, dtype=np.int32) // work.group_size,
+        np.arange(rows.start, rows.stop) // work.group_size,
+        scope=settings.scope,
+        ddof=settings.ddof,
+        eps=settings.eps,
+        clip=settings.clip,
       )
     return samples.dead([g for groups in complete for g in groups])
 

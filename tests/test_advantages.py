@@ -102,6 +102,20 @@ def test_a_reward_that_is_not_finite_spoils_its_group_only():
   np.testing.assert_array_equal(bad, np.isin(GROUPS, 7))
 
 
+@pytest.mark.parametrize("scope", ["group", "global", "max_group", "none"])
+def test_host_and_device_agree(scope):
+  host = dj.group_advantages(REWARDS, GROUPS, scope=scope, clip=1.0)
+  assert isinstance(host, np.ndarray)
+  device = dj.group_advantages(
+    jnp.asarray(REWARDS, jnp.float32),
+    jnp.asarray(GROUPS),
+    scope=scope,
+    clip=1.0,
+  )
+  assert host.dtype == device.dtype == np.float32
+  np.testing.assert_allclose(host, device, rtol=1e-6, atol=1e-7)
+
+
 def test_bad_input():
   with pytest.raises(dj.UserError, match="scope must be one of group, global"):
     dj.group_advantages(REWARDS, GROUPS, scope="batch")

@@ -1,28 +1,32 @@
 """Group-relative advantages."""
 
+from types import ModuleType
 from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from digen_jax.errors import UserError
 
+Array = jax.Array | np.ndarray
 Scope = Literal["group", "global", "max_group", "none"]
 
 
 def group_advantages(
-  rewards: jax.Array,
-  group_ids: jax.Array,
+  rewards: Array,
+  group_ids: Array,
   *,
   scope: Scope = "group",
   ddof: int = 0,
   eps: float = 1e-4,
   clip: float | None = None,
-) -> jax.Array:
+) -> Array:
   """(reward - mean of its group) / (std + eps).
 
   A group whose rewards are all equal has advantage 0 exactly: nothing can be
-  learned from it.
+  learned from it. NumPy arrays are computed on the host: no device is asked,
+  which may be busy.
 
   Source: GRPO, https://arxiv.org/abs/2402.03300, sec. 4.1.2; the std over the
   whole batch as in Flow-GRPO, https://arxiv.org/abs/2505.05470.
@@ -49,48 +53,63 @@ def group_advantages(
       f"group_advantages: scope must be one of {', '.join(get_args(Scope))}; "
       f"got {scope!r}"
     )
-  rewards = jnp.asarray(rewards, jnp.float32)
-  group_ids = jnp.asarray(group_ids)
+  host = isinstance(rewards, np.ndarray) and isinstance(group_ids, np.ndarray)
+  xp = np if host else jnp
+  rewards = xp.asarray(rewards, xp.float32)
+  group_ids = xp.asarray(group_ids)
   if rewards.ndim != 1 or group_ids.shape != rewards.shape:
     raise UserError(
       "group_advantages: rewards and group_ids must both be [N]; got "
       f"{rewards.shape} and {group_ids.shape}"
     )
-  n = rewards.shape[0]
-  _, segment = jnp.unique(group_ids, size=n, return_inverse=True)
-  centred = _centred(rewards, segment)
+  size = {} if host else {"size": rewards.shape[0]}
+  _, segment = xp.unique(group_ids, return_inverse=True, **size)
+  centred = _centred(rewards, segment, xp)
   if scope == "none":
-    std = jnp.ones_like(rewards)
+    std = xp.ones_like(rewards)
   elif scope == "global":
-    whole = jnp.zeros_like(segment)
-    std = _std(_centred(rewards, whole), whole, ddof) + eps
+    whole = xp.zeros_like(segment)
+    std = _std(_centred(rewards, whole, xp), whole, ddof, xp) + eps
   else:
-    std = _std(centred, segment, ddof) + eps
-    std = jnp.max(std) if scope == "max_group" else std
-  advantages = jnp.where(
-    centred == 0, 0.0, centred / jnp.where(std > 0, std, 1)
-  )
-  return advantages if clip is None else jnp.clip(advantages, -clip, clip)
+    std = _std(centred, segment, ddof, xp) + eps
+    std = xp.max(std) if scope == "max_group" else std
+  advantages = xp.where(
+    centred == 0, 0.0, centred / xp.where(std > 0, std, 1)
+  ).astype(xp.float32)
+  return advantages if clip is None else xp.clip(advantages, -clip, clip)
 
 
-def _centred(x: jax.Array, segment: jax.Array) -> jax.Array:
+def _centred(x: Array, segment: Array, xp: ModuleType) -> Array:
   """x [N] minus the mean of its segment; exactly 0 where all are equal."""
-  n = x.shape[0]
   # From the minimum first: rewards far from 0 keep their digits.
-  x = x - jax.ops.segment_min(x, segment, n)[segment]
-  count = jax.ops.segment_sum(jnp.ones_like(x), segment, n)
-  return (
-    x - (jax.ops.segment_sum(x, segment, n) / jnp.maximum(count, 1))[segment]
-  )
+  x = x - _segment_min(x, segment)
+  return x - _segment_sum(x, segment) / _segment_sum(xp.ones_like(x), segment)
 
 
-def _std(centred: jax.Array, segment: jax.Array, ddof: int) -> jax.Array:
+def _std(centred: Array, segment: Array, ddof: int, xp: ModuleType) -> Array:
   """Standard deviation [N] of each element's segment."""
-  n = centred.shape[0]
-  count = jax.ops.segment_sum(jnp.ones_like(centred), segment, n)
-  squares = jax.ops.segment_sum(jnp.square(centred), segment, n)
-  variance = (squares / jnp.maximum(count - ddof, 1))[segment]
+  count = _segment_sum(xp.ones_like(centred), segment)
+  squares = _segment_sum(xp.square(centred), segment)
+  variance = squares / xp.maximum(count - ddof, 1)
   # The square root of 0 has no gradient: go round it.
-  return jnp.where(
-    variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1)), 0
-  )
+  root = xp.sqrt(xp.where(variance > 0, variance, 1))
+  return xp.where(variance > 0, root, 0)
+
+
+def _segment_sum(x: Array, segment: Array) -> Array:
+  """[N] sum over each element's segment."""
+  if isinstance(x, np.ndarray):
+    total = np.zeros_like(x)
+    np.add.at(total, segment, x)
+    return total[segment]
+  return jax.ops.segment_sum(x, segment, x.shape[0])[segment]
+
+
+def _segment_min(x: Array, segment: Array) -> Array:
+  """[N] minimum of each element's segment."""
+  if isinstance(x, np.ndarray):
+    least = np.full_like(x, np.inf)
+    with np.errstate(invalid="ignore"):  # NaN stays NaN, as on a device
+      np.minimum.at(least, segment, x)
+    return least[segment]
+  return jax.ops.segment_min(x, segment, x.shape[0])[segment]
