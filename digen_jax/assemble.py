@@ -118,6 +118,7 @@ def _recipe(
     kernel_name=sampling.kernel,
     noise_level=sampling.noise_level,
     window=work.window,
+    shared_noise=sampling.shared_noise,
     latent_shape=(height, width, channels),
     guidance_scale=sampling.guidance_scale,
     clip_range=config.train.clip_range,

@@ -35,6 +35,8 @@ class Sampling:
       step but the last.
     window_first: the window lies within this many first steps; 0 means
       anywhere before the last step. One start per prompt group.
+    shared_noise: start all samples of a group from the same latents, so that
+      their rewards differ by what was drawn in the window alone (DanceGRPO).
     height: image height, pixels.
     width: image width, pixels.
     guidance_scale: classifier-free guidance; 1 is off.
@@ -46,6 +48,7 @@ class Sampling:
   noise_level: float = 0.7
   window: int = 0
   window_first: int = 0
+  shared_noise: bool = False
   height: int = 32
   width: int = 32
   guidance_scale: float = 1.0

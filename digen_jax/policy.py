@@ -36,6 +36,7 @@ class Recipe:
     kernel_name: transition of the trained steps.
     noise_level: its noise level.
     window: number of trained steps.
+    shared_noise: whether the samples of a group start from the same latents.
     latent_shape: of one sample.
     guidance_scale: classifier-free guidance; 1 is off.
     clip_range: PPO clip.
@@ -51,6 +52,7 @@ class Recipe:
   kernel_name: str
   noise_level: float
   window: int
+  shared_noise: bool
   latent_shape: tuple[int, ...]
   guidance_scale: float
   clip_range: float
@@ -96,11 +98,14 @@ def generate(
   Returns:
     The trajectories, and [B, H, W, 3] uint8 images.
   """
-  keys = _sample_keys(*numbers)
+  keys = first = _sample_keys(*numbers)
+  if recipe.shared_noise:
+    seed, step, group, member = numbers
+    first = _sample_keys(seed, step, group, jnp.zeros_like(member))
   trajectory = rollout(
     recipe.apply,
     join(trainable, frozen),
-    initial_latents(keys, (keys.shape[0], *recipe.latent_shape)),
+    initial_latents(first, (rows.shape[0], *recipe.latent_shape)),
     jax.tree.map(lambda x: x[rows], prompts),
     recipe.sigmas,
     key=keys,
