@@ -99,7 +99,7 @@ class Placement:
   ) -> Any:
     """Optimiser state laid out like the parameters it belongs to."""
     shapes = jax.eval_shape(optimizer.init, params)
-    layout = optax.tree_utils.tree_map_params(
+    layout = optax.tree.map_params(
       optimizer,
       lambda _, sharding: sharding,
       shapes,

@@ -232,7 +232,7 @@ def update(
   if recipe.ema_decay:
     ema = ema_update(ema, trainable, recipe.ema_decay)
   new = {"trainable": trainable, "optimizer": optimizer_state, "ema": ema}
-  return new, {"grad_norm": optax.global_norm(gradient)}
+  return new, {"grad_norm": optax.tree.norm(gradient)}
 
 
 def _sample_keys(

@@ -26,6 +26,7 @@ from digen_jax.models.text import TextEncoder
 from digen_jax.models.text.clip import ClipTextConfig
 from digen_jax.models.text.t5 import T5Config
 from digen_jax.models.vae.autoencoder_kl import AutoencoderKLConfig
+from digen_jax.parallel.mesh import batch_sharding, make_mesh, replicated
 from digen_jax.types import Conditioning
 
 # loss(params, rows, key) -> scalar, rows being a batch of the data
@@ -243,10 +244,12 @@ def train(
 ) -> Any:
   """Minimises `loss` with AdamW on random rows of `data`.
 
+  The rows of a step are spread over all devices.
+
   Args:
     loss: called as loss(params, rows, key).
     params: pytree of float32 arrays.
-    data: pytree of arrays with a common leading axis, kept on the device.
+    data: pytree of arrays with a common leading axis, kept on every device.
     settings: see `TrainSettings`.
     seed: of rows and noise.
     report: called every `settings.report_every` steps and at the end.
@@ -254,18 +257,26 @@ def train(
   Returns:
     The averaged parameters.
   """
+  mesh = make_mesh({"data": jax.device_count()}, jax.devices())
+  spread, whole = batch_sharding(mesh), replicated(mesh)
+  if settings.batch % mesh.size:
+    raise UserError(
+      f"the batch of {settings.batch} rows does not divide over {mesh.size} "
+      "devices: choose a multiple"
+    )
   optimiser = _optimiser(settings)
   size = jax.tree.leaves(data)[0].shape[0]
   base = jax.random.key(seed)
 
   # One call per step: XLA's CPU convolutions are 15 times slower inside a
   # compiled loop.
-  @functools.partial(jax.jit, donate_argnums=0)
+  @functools.partial(jax.jit, donate_argnums=0, out_shardings=whole)
   def step(carry: Any, index: jax.Array, data: Any) -> tuple[Any, jax.Array]:
     params, state, average = carry
     row_key, loss_key = jax.random.split(jax.random.fold_in(base, index))
     rows = jax.random.randint(row_key, (settings.batch,), 0, size)
     batch = jax.tree.map(lambda x: x[rows], data)
+    batch = jax.lax.with_sharding_constraint(batch, spread)
     value, grads = jax.value_and_grad(loss)(params, batch, loss_key)
     # optax mixes integer counts with floats; allow it that here only.
     with jax.numpy_dtype_promotion("standard"):
@@ -278,8 +289,9 @@ def train(
     return (params, state, average), value
 
   copy = functools.partial(jax.tree.map, jnp.copy)  # `step` donates
-  carry = (copy(params), optimiser.init(params), copy(params))
-  data = jax.tree.map(jnp.asarray, data)
+  carry = (params, optimiser.init(params), params)
+  carry = jax.jit(copy, out_shardings=whole)(jax.device_put(carry, whole))
+  data = jax.device_put(data, whole)
   start, losses = time.monotonic(), []
   for done in range(1, settings.steps + 1):
     carry, value = step(carry, jnp.int32(done - 1), data)
@@ -289,7 +301,7 @@ def train(
       losses, seconds = [], time.monotonic() - start
       left = seconds * (settings.steps - done) / done
       report(Progress(done, settings.steps, mean, done / seconds, left))
-  return carry[2]
+  return jax.device_put(carry[2], jax.devices()[0])
 
 
 def _optimiser(settings: TrainSettings) -> optax.GradientTransformation:

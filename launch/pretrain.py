@@ -28,7 +28,7 @@ flags.mark_flag_as_required("workdir")
 
 
 def main() -> None:
-  start_devices(1)
+  start_devices(2)
   from digen_jax import pretrain, pretrain_files
   from digen_jax.data.captioned import draw_scenes, tokenize
   from digen_jax.data.prompts import read_prompts
