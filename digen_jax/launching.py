@@ -56,9 +56,10 @@ def start_devices(cpu_devices: int) -> None:
     cpu_devices: how many devices the host is split into where there is no
       accelerator.
   """
-  # XLA's CPU client gives every device one thread of this pool; collectives on
-  # two meshes can use it up and wait for ever.
-  os.environ.setdefault("PJRT_NPROC", str(max(32, 4 * cpu_devices)))
+  # Threads of XLA's CPU client. Collectives on two meshes can use up one a
+  # device and wait for ever; many more than cores cost a quarter of the speed.
+  if cpu_devices > 1:
+    os.environ.setdefault("PJRT_NPROC", str(2 * cpu_devices))
   import jax
 
   jax.config.update("jax_num_cpu_devices", cpu_devices)

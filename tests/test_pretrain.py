@@ -197,7 +197,7 @@ def test_prompt_files_are_the_split():
   training, kept = scenes.split_captions()
   assert read_prompts(assets.path("prompts_train.txt")) == training
   prompts = read_prompts(assets.path("prompts_heldout.txt"))
-  assert len(prompts) == len(set(prompts)) == 96
+  assert len(prompts) == len(set(prompts)) == 384
   assert set(prompts) <= set(kept)
 
 
