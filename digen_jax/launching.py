@@ -28,7 +28,13 @@ class ConfigFlag:
 
   def get(self) -> config_lib.Config:
     """The checked config; UserError names what is wrong with it."""
-    return config_lib.from_config_dict(self._holder.value)
+    from ml_collections import config_flags
+
+    try:  # a file that is missing shows when its content is looked at
+      return config_lib.from_config_dict(self._holder.value)
+    except OSError as error:
+      file = config_flags.get_config_filename(flags.FLAGS["config"])
+      raise UserError(f"config file {file} does not exist") from error
 
 
 def config_flag() -> ConfigFlag:

@@ -188,7 +188,10 @@ def launch(script, *args, **env):
 @pytest.mark.parametrize(
   ("args", "words"),
   [
-    (["--config=configs/none.py"], "config file .*none.py does not exist"),
+    (
+      ["--config=configs/none.py"],
+      "config file configs/none.py does not exist",
+    ),
     (
       ["--config=configs/tiny_shapes.py", "--config.batch.grup_size=3"],
       "config.batch.grup_size: did you mean config.batch.group_size?",
@@ -205,7 +208,7 @@ def test_launch_scripts_print_one_line(args, words, tmp_path):
   assert done.returncode != 0
   (line,) = done.stderr.strip().splitlines()
   assert line.startswith("error: ")
-  assert words.split(" .*")[0] in line
+  assert words in line
   assert not (tmp_path / "run").exists()
 
 
