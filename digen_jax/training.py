@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from digen_jax import assemble, run_files
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Config, to_dict
@@ -21,7 +23,7 @@ from digen_jax.pipeline.units import Kind
 from digen_jax.placement import Placement
 from digen_jax.program import Program
 from digen_jax.report import write_report
-from digen_jax.rewards.compose import compose, parse
+from digen_jax.rewards.compose import Composite, compose, parse
 from digen_jax.sampler import Sampler
 from digen_jax.timeline import Span, lane_accounting
 
@@ -65,6 +67,7 @@ class Run:
     self.reward = compose(parse(config.reward))
     held_out = read_prompts(config.eval.prompts or config.prompts)
     self.held_out = select(held_out, config)
+    _probe(self.reward, prompts, config)
     assembly = assemble.assemble(config)
     self.work = assembly.work
     self.stream = PromptStream(
@@ -217,6 +220,13 @@ class Run:
     self.checkpoints.close()
 
 
+def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
+  """Scores two pictures of noise: a reward that is down shows at once."""
+  shape = (2, config.sampling.height, config.sampling.width, 3)
+  images = np.random.default_rng(0).random(shape, np.float32)
+  reward.score(images, [prompts[0], prompts[-1]])
+
+
 def _count(spans: list[Span], kind: Kind) -> dict[str, int]:
   counts: dict[str, int] = {}
   for span in spans:
@@ -244,12 +254,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   files = run_files.RunFiles(run.workdir, config, run.meshes, run.step)
   progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:
-    if run.step < config.steps:
-      progress.message(f"compiling for {run_files.describe(run.meshes)}")
-      run.program.warm_up()
     if run.step == 0:
       _evaluate(run, files, progress)
       run.save()
+    if run.step < config.steps:
+      progress.message(f"compiling for {run_files.describe(run.meshes)}")
+      run.program.warm_up()
     while run.step < config.steps:
       row, spans = run.train_one_step()
       files.stepped(row, spans)
