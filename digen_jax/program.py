@@ -227,8 +227,9 @@ class Program:
 
   def _generate_call(self, lane: str, unit: Unit) -> Call:
     samples = self.samples
-    index = self._padded(np.arange(unit.start, unit.stop), unit.samples, lane)
-    groups = np.asarray(self.work.groups_of(unit))
+    size = min(self.work.generate_size, self.work.samples)
+    index = self._padded(np.arange(unit.start, unit.stop), size, lane)
+    groups = self._groups(unit, size)
     group, member = np.divmod(index, self.work.group_size)
     return self.placement.generate(
       self._prompts(groups),
@@ -267,7 +268,8 @@ class Program:
   def _gradients_call(self, lane: str, unit: Unit) -> Call:
     """Folds samples x steps into rows, sample-major, padded to full packs."""
     samples, steps = self.samples, np.arange(unit.first, unit.last)
-    rows = unit.samples * self.work.pack
+    size = min(self.work.train_size, self.work.samples // self.work.updates)
+    rows = size * self.work.pack
     index, slot, real = (
       self._padded(x, rows, lane)
       for x in (
@@ -278,7 +280,7 @@ class Program:
     )
     real[unit.samples * len(steps) :] = 0.0
     group = index // self.work.group_size
-    groups = np.asarray(self.work.groups_of(unit))
+    groups = self._groups(unit, size)
     dead = samples.dead(groups)
     position = samples.start[group] + slot
     sigmas = self.placement.recipe.sigmas
@@ -298,6 +300,12 @@ class Program:
       self._prompts(groups),
       self.negative,
     )
+
+  def _groups(self, unit: Unit, size: int) -> np.ndarray:
+    """The groups of a unit; a short one repeats its last, for equal shapes."""
+    groups = np.asarray(self.work.groups_of(unit))
+    missing = -(-size // self.work.group_size) - len(groups)
+    return np.concatenate([groups, np.repeat(groups[-1:], missing)])
 
   def _prompts(self, groups: np.ndarray) -> Conditioning:
     """Conditioning of the prompts of `groups`, [G, ...] on the host."""

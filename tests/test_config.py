@@ -39,7 +39,7 @@ def test_a_typo_in_a_file_is_an_error():
     ({"train": {"ema_decay": 1.0}}, r"in \[0, 1\)"),
     ({"train": {"lora_targets": "q"}}, "takes a list of strings"),
     ({"pipeline": {"generate_size": 3}}, "must divide the group size 8"),
-    ({"pipeline": {"train_size": 24}}, "multiple of it that divides"),
+    ({"pipeline": {"train_size": 12}}, "or be a multiple of it"),
     ({"dtype": {"compute": "float16"}}, "must be one of"),
   ],
 )
