@@ -86,8 +86,7 @@ def launch_train(config_file, workdir):
       f"--workdir={workdir}",
     ],
     stdout=subprocess.DEVNULL,
-    stderr=subprocess.PIPE,
-    text=True,
+    stderr=subprocess.DEVNULL,
   )
 
 
@@ -116,16 +115,16 @@ def test_killed_at_random_moments_it_ends_the_same(
   while True:
     process = launch_train(file, tmp_path / "killed")
     try:
-      # The later attempts start warm and late: aim at the whole of a run.
-      process.wait(rng.uniform(0.3, 1.1) * whole_seconds)
+      aim = rng.uniform(0.3, 0.9) * whole_seconds if kills < 2 else None
+      process.wait(aim)
     except subprocess.TimeoutExpired:
       os.kill(process.pid, signal.SIGKILL)
       process.wait()
       kills += 1
       continue
-    assert process.returncode == 0, process.stderr.read()
+    assert process.returncode == 0
     break
-  assert kills > 0 or seed  # at least one seed has been interrupted
+  assert kills > 0
   whole, killed = (saved_state(tmp_path / d) for d in ("whole", "killed"))
   jax.tree.map(np.testing.assert_array_equal, whole[0], killed[0])
   assert whole[1] == killed[1]
