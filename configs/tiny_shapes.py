@@ -30,7 +30,7 @@ def get_config():
   config.sampling.window = 2
   config.sampling.window_first = 4
   # Rewards of a group then differ by what the window drew, and by nothing
-  # else: twice the progress per step.
+  # else.
   config.sampling.shared_noise = True
 
   config.train.learning_rate = 4e-4

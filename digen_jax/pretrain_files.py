@@ -183,7 +183,8 @@ def write_record(
       "seconds": seconds,
       "cpus": len(os.sched_getaffinity(0)),
       "jax": jax.__version__,
-      "config": dataclasses.asdict(config),
+      "config": dataclasses.asdict(config)
+      | {"eval_prompts": Path(config.eval_prompts).name},
     },
   )
 
