@@ -16,6 +16,7 @@ def get_config():
       captions=4,
       corruption=0.3,
       max_length=10,
+      shift=2.0,
       kl_weight=3e-5,
       autoencoder=dict(
         block_out_channels=(16, 16, 32),
@@ -47,7 +48,7 @@ def get_config():
       ),
       autoencoder_training=dict(steps=1200, batch=16, learning_rate=4e-3),
       flow_training=dict(
-        steps=3000, batch=64, learning_rate=2e-3, warmup=100, ema=0.995
+        steps=4000, batch=64, learning_rate=4e-3, warmup=100, ema=0.995
       ),
       eval_prompts=assets.path("prompts_heldout.txt"),
       eval_steps=10,

@@ -4,6 +4,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -44,15 +45,29 @@ def config_flag() -> ConfigFlag:
   return flag
 
 
-def run_main(main: Callable[[], None]) -> None:
+def _training_fields() -> dict[str, Any]:
+  return config_lib.to_dict(config_lib.Config())
+
+
+def run_main(
+  main: Callable[[], None],
+  fields: Callable[[], dict[str, Any]] = _training_fields,
+) -> None:
   """Parses flags and runs `main`.
+
+  Args:
+    main: the program.
+    fields: what --config may hold, nested, to tell what a typo meant.
 
   A `UserError`, a failed unit or a flag that cannot be parsed ends the
   program with one line on standard error and a non-zero status.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
   logging.get_absl_handler().setFormatter(None)
-  app.run(lambda _: _guarded(main), flags_parser=_parse)
+  app.run(
+    lambda _: _guarded(main),
+    flags_parser=lambda argv: _parse(argv, fields),
+  )
 
 
 def start_devices(cpu_devices: int) -> None:
@@ -80,7 +95,9 @@ def _guarded(main: Callable[[], None]) -> None:
     _fail(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(
+  argv: Sequence[str], fields: Callable[[], dict[str, Any]]
+) -> list[str]:
   try:
     return flags.FLAGS(argv)
   except flags.Error as error:
@@ -90,12 +107,13 @@ def _parse(argv: Sequence[str]) -> list[str]:
   except FileNotFoundError as error:
     _fail(f"config file {error.filename or error} does not exist")
   except (AttributeError, KeyError, TypeError, ValueError) as error:
-    _fail(_config_error(argv, error))
+    _fail(_config_error(argv, error, fields()))
 
 
-def _config_error(argv: Sequence[str], error: Exception) -> str:
+def _config_error(
+  argv: Sequence[str], error: Exception, known: dict[str, Any]
+) -> str:
   """One line for an override or a config file that ml_collections refuses."""
-  known = config_lib.to_dict(config_lib.Config())
   for argument in argv[1:]:
     match = re.match(r"--config\.([\w.]+)", argument)
     section, prefix = known, ""

@@ -22,7 +22,7 @@ from digen_jax.timeline import Span, Timeline
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a resumed run must share with the one it goes on with: it decides what
 # the arrays of a checkpoint mean, or what has been drawn so far.
-FIXED = ("seed", "checkpoint", "batch", "train.lora_rank", "train.ema_decay")
+FIXED = ("seed", "batch", "train.lora_rank", "train.ema_decay")
 
 
 def check_workdir(workdir: Path) -> None:
@@ -38,9 +38,19 @@ def check_workdir(workdir: Path) -> None:
 
 
 def check_resumable(
-  config: Config, record: Mapping[str, Any], workdir: Path
+  config: Config,
+  fingerprint: str,
+  record: Mapping[str, Any],
+  workdir: Path,
 ) -> None:
-  """Raises UserError where a checkpoint belongs to another run."""
+  """Raises UserError where a checkpoint belongs to another run.
+
+  Args:
+    config: of the run that is to go on.
+    fingerprint: of its pretrained checkpoint, which may have moved.
+    record: of the checkpoint to go on from.
+    workdir: where that was found.
+  """
   now = to_dict(config)
   for name in FIXED:
     old, new = record["config"], now
@@ -51,6 +61,12 @@ def check_resumable(
         f"{workdir} holds a run with config.{name}={old!r}, not {new!r}: "
         "resume it with that value, or choose another --workdir"
       )
+  if record["checkpoint"] != fingerprint:
+    raise UserError(
+      f"{workdir} holds a run that started from "
+      f"{record['config']['checkpoint']}, and {config.checkpoint} holds other "
+      "files: resume it with the same, or choose another --workdir"
+    )
   if record["step"] > config.steps:
     raise UserError(
       f"{workdir} holds a run of {record['step']} steps, more than "

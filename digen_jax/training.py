@@ -26,6 +26,7 @@ from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
 from digen_jax.sampler import Sampler
 from digen_jax.timeline import Span, lane_accounting
+from digen_jax.weights.load import fingerprint
 
 HOST_SLOTS = 4  # reward calls under way at once
 
@@ -69,6 +70,7 @@ class Run:
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
     assembly = assemble.assemble(config)
+    self.fingerprint = fingerprint(config.checkpoint)
     self.work = assembly.work
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
@@ -110,7 +112,10 @@ class Run:
     if found is None:
       return 0
     run_files.check_resumable(
-      self.config, self.checkpoints.record(found), self.workdir
+      self.config,
+      self.fingerprint,
+      self.checkpoints.record(found),
+      self.workdir,
     )
     self.placement.restore(self.checkpoints.load(found, self.placement.state))
     return found
@@ -122,6 +127,7 @@ class Run:
       "policy_version": self.step,
       "seed": self.config.seed,
       "data_position": self.step * self.config.batch.prompts,
+      "checkpoint": self.fingerprint,
       "config": to_dict(self.config),
     }
     self.checkpoints.save(self.step, self.placement.state, record)

@@ -14,17 +14,18 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from absl import flags
 from ml_collections import config_flags
 
+from configs import pretrain_shapes
 from digen_jax.launching import run_main, start_devices
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config",
-  "configs/pretrain_shapes.py",
+  None,
   "Config file; --config.a.b=value overrides a field.",
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "New or empty directory for the result."
 )
-flags.mark_flag_as_required("workdir")
+flags.mark_flags_as_required(["config", "workdir"])
 
 
 def main() -> None:
@@ -73,7 +74,9 @@ def main() -> None:
         report=print_progress,
       )
       networks = pretrain.with_flow_params(networks, params)
-    pretrain_files.write_pipeline(pipeline, networks, config.max_length)
+    pretrain_files.write_pipeline(
+      pipeline, networks, config.max_length, config.shift
+    )
     with clock.phase("score"):
       scores = pretrain_files.evaluate(config, pipeline, prompts, workdir)
     pretrain_files.write_record(workdir, config, scores, clock.seconds)
@@ -92,4 +95,4 @@ def print_progress(progress) -> None:  # noqa: ANN001
 
 
 if __name__ == "__main__":
-  run_main(main)
+  run_main(main, lambda: pretrain_shapes.get_config().to_dict())

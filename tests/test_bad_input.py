@@ -210,6 +210,18 @@ def test_launch_scripts_print_one_line(args, words, tmp_path):
   assert not (tmp_path / "run").exists()
 
 
+def test_pretraining_knows_its_own_fields(tmp_path):
+  done = launch(
+    "pretrain.py",
+    f"--workdir={tmp_path}/p",
+    "--config=configs/pretrain_shapes.py",
+    "--config.flow_training.step=3",
+  )
+  assert done.returncode != 0
+  (line,) = done.stderr.strip().splitlines()
+  assert "did you mean config.flow_training.steps?" in line
+
+
 def test_other_scripts_refuse_what_is_not_a_run(tmp_path, prompts_file):
   done = launch("export.py", f"--run={tmp_path}", f"--out={tmp_path}/out")
   assert done.returncode == 2

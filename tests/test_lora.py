@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from digen_jax.errors import UserError
+from digen_jax.grpo.train_step import join
 from digen_jax.models import lora
 from tests.references import arguments, random_model
 
@@ -74,12 +75,12 @@ def test_only_adapters_are_trained():
   trainable, frozen = lora.split_trainable(model.params, "lora")
   names = {path[-1].key for path, _ in jax.tree.leaves_with_path(trainable)}
   assert names == {"lora_a", "lora_b"}
-  joined = lora.join(trainable, frozen)
+  joined = join(trainable, frozen)
   assert jax.tree.structure(joined) == jax.tree.structure(model.params)
   jax.tree.map(np.testing.assert_array_equal, joined, model.params)
 
   def loss(trainable):
-    return jnp.sum(model.apply(lora.join(trainable, frozen), *arguments()) ** 2)
+    return jnp.sum(model.apply(join(trainable, frozen), *arguments()) ** 2)
 
   gradient = jax.jit(jax.grad(loss))(trainable)
   largest = {

@@ -12,6 +12,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 from digen_jax import runs, training
 from digen_jax.checkpoint import to_host
@@ -53,15 +54,27 @@ def test_resumed_run_equals_the_uninterrupted_one(prompts_file, tmp_path):
 
 
 def test_another_run_in_the_directory_is_refused(prompts_file, tmp_path):
+  workdir = tmp_path / "run"
   config = small_config(prompts_file)
   config.steps = 1
   config.mesh.rollout, config.mesh.trainer = 1, 1
-  training.train(from_config_dict(config), tmp_path)
-  before = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")}
+  training.train(from_config_dict(config), workdir)
+  before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
   config.seed = 1
   with pytest.raises(UserError, match=r"config\.seed=0, not 1"):
-    training.train(from_config_dict(config), tmp_path)
-  assert {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*")} == before
+    training.train(from_config_dict(config), workdir)
+
+  config.seed = 0
+  moved = shutil.copytree(config.checkpoint, tmp_path / "flux")
+  config.checkpoint = str(moved)
+  training.Run(from_config_dict(config), workdir).close()
+  weights = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(weights)
+  tensors["proj_out.bias"] += 1
+  save_file(tensors, weights)
+  with pytest.raises(UserError, match="flux holds other files"):
+    training.train(from_config_dict(config), workdir)
+  assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
 
 
 CONFIG_FILE = """

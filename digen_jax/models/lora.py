@@ -116,6 +116,8 @@ def merge_lora(params: Params, alpha: float) -> Params:
 def split_trainable(params: Params, mode: str) -> tuple[Params, Params]:
   """Parameters as (trainable, frozen), each nested like the whole.
 
+  `grpo.train_step.join` puts them together again.
+
   Args:
     params: of a model.
     mode: "full", everything is trained; "lora", the adapters are.
@@ -131,16 +133,6 @@ def split_trainable(params: Params, mode: str) -> tuple[Params, Params]:
   if not trainable:
     raise UserError("these parameters have no LoRA adapters; see lora.adapt")
   return trainable, frozen
-
-
-def join(trainable: Params, frozen: Params) -> Params:
-  """The inverse of `split_trainable`."""
-  joined = dict(frozen)
-  for key, value in trainable.items():
-    if isinstance(value, dict):
-      value = join(value, frozen.get(key, {}))
-    joined[key] = value
-  return joined
 
 
 def _partition(params: Params) -> tuple[Params, Params]:

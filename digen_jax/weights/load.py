@@ -6,6 +6,7 @@ is read alone.
 """
 
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -48,6 +49,9 @@ COMPONENT_FILES = {
   "tokenizer": (TOKENIZER,),
   "tokenizer_2": (TOKENIZER,),
 }
+
+FINGERPRINTED = (".json", ".safetensors")
+SAMPLED_BYTES = 2**20
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +246,29 @@ def module_directory(path: str | Path, component: str) -> Path:
       f"pipeline directory (with model_index.json and {component}/)"
     )
   return path
+
+
+def fingerprint(path: str | Path) -> str:
+  """Hash that tells one checkpoint from another, wherever it lies.
+
+  Of weight files it reads the size and a megabyte at either end: names and
+  shapes of all tensors, values of a few. Enough to notice another checkpoint
+  of the same architecture without reading tens of gigabytes.
+
+  Args:
+    path: directory of a pipeline or a module.
+  """
+  path, digest = Path(path), hashlib.sha256()
+  files = [*path.glob("*"), *path.glob("*/*")]
+  for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+      content = stream.read(SAMPLED_BYTES)
+      stream.seek(max(0, size - SAMPLED_BYTES))
+      content += stream.read()
+    name = file.relative_to(path).as_posix()
+    digest.update(f"{name} {size} ".encode() + content)
+  return digest.hexdigest()
 
 
 def read_json(file: Path) -> dict[str, Any]:
