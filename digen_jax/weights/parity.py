@@ -68,11 +68,14 @@ def check_case(directory: str | Path) -> list[Comparison]:
   )
   meta = directory / "meta.json"
   meta = load.read_json(meta) if meta.exists() else {}
+  class_name = config.get("_class_name")
+  if class_name not in RUNNERS:
+    raise UserError(
+      f"{directory} holds a {class_name}; what can be compared is "
+      f"{', '.join(RUNNERS)}"
+    )
   with jax.default_matmul_precision("highest"):
-    if config.get("_class_name") == "AutoencoderKL":
-      results = _run_autoencoder(directory, inputs, outputs)
-    else:
-      results = _run_flux(directory, inputs)
+    results = RUNNERS[class_name](directory, inputs, outputs)
     compared = [
       _compare(name, np.asarray(result), outputs[name], meta)
       for name, result in results
@@ -111,7 +114,10 @@ def _compare(
   )
 
 
-def _run_flux(directory: Path, inputs: Arrays) -> list[tuple[str, jax.Array]]:
+def _run_flux(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> list[tuple[str, jax.Array]]:
+  del outputs  # a denoiser has the one
   model = load.load_model(directory)
   # Positions are not traced: the rotation table is built in float64.
   ids = {key: _get(inputs, key, directory) for key in ("img_ids", "txt_ids")}
@@ -176,6 +182,13 @@ def _decode(
   graphdef: nnx.GraphDef, params: Params, z: jax.Array
 ) -> dict[str, jax.Array]:
   return {"decode": nnx.merge(graphdef, params).decode(z)}
+
+
+# Reference class -> run(directory, inputs, outputs) -> (output, ours) pairs.
+RUNNERS = {
+  "FluxTransformer2DModel": _run_flux,
+  "AutoencoderKL": _run_autoencoder,
+}
 
 
 def _read_npz(file: Path) -> Arrays:
