@@ -23,6 +23,7 @@ from digen_jax.sampling.rollout import (
   sample_ode,
 )
 from digen_jax.sampling.schedules import schedule_from_config, sigma_schedule
+from digen_jax.sampling.unipc import sample_unipc
 
 __all__ = [
   "Apply",
@@ -40,6 +41,7 @@ __all__ = [
   "rollout",
   "sample_keys",
   "sample_ode",
+  "sample_unipc",
   "schedule_from_config",
   "sigma_schedule",
   "velocity",

@@ -99,13 +99,14 @@ def sample_ode(
   sigmas: jax.Array,
   *,
   guidance: Guidance | None = None,
+  record: bool = False,
 ) -> jax.Array:
   """Denoises a batch without randomness: Euler steps of the flow ODE.
 
-  Arguments as in `rollout`.
+  Arguments as in `rollout`; `record` returns the latents after every step.
 
   Returns:
-    [B, ...] float32 clean latents.
+    [B, ...] float32 clean latents, [n, B, ...] with `record`.
   """
   x = jnp.asarray(latents, jnp.float32)
   sigmas = _checked_schedule(sigmas)
@@ -113,10 +114,12 @@ def sample_ode(
   def step(x: jax.Array, levels: jax.Array) -> tuple:
     sigma, sigma_next = (jnp.full(x.shape[0], level) for level in levels)
     v = velocity(apply, params, x, conditioning, sigma, guidance)
-    return ode_euler(x, v, sigma, sigma_next).mean, None
+    x = ode_euler(x, v, sigma, sigma_next).mean
+    return x, x if record else None
 
   levels = jnp.stack([sigmas[:-1], sigmas[1:]], axis=1)
-  return jax.lax.scan(step, x, levels)[0]
+  x, states = jax.lax.scan(step, x, levels)
+  return states if record else x
 
 
 def sample_keys(key: jax.Array, batch_size: int) -> jax.Array:
