@@ -48,7 +48,10 @@ def get_config():
       ),
       autoencoder_training=dict(steps=1200, batch=16, learning_rate=4e-3),
       flow_training=dict(
-        steps=4000, batch=64, learning_rate=4e-3, warmup=100, ema=0.995
+        steps=6000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
+      ),
+      detuning=dict(
+        steps=200, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
       ),
       eval_prompts=assets.path("prompts_heldout.txt"),
       eval_steps=10,

@@ -1,9 +1,10 @@
 """Pre-training of the embedded checkpoint: a small FLUX on drawn scenes.
 
 An autoencoder first, then flow matching in its latents, jointly with both
-text encoders. Facts of the training captions are replaced at random, so that
-the model learns to draw every scene but listens badly: what reinforcement
-learning is then to mend.
+text encoders. At the end, briefly, facts of the captions are replaced at
+random: the model still draws everything and knows what was asked, but listens
+badly, which is what reinforcement learning is to mend. (With such captions from
+the start it would learn five times more slowly what a caption means.)
 """
 
 import dataclasses
@@ -61,8 +62,8 @@ class PretrainConfig:
   Attributes:
     seed: of everything random.
     scenes: number of scenes drawn.
-    captions: per scene, each corrupted independently.
-    corruption: share of the facts in captions that are replaced.
+    captions: corrupted versions of each scene's caption.
+    corruption: share of the facts in them that are replaced.
     max_length: tokens of a prompt.
     shift: of the sampler's noise levels; above 1 more steps are spent where
       the layout of a scene is decided.
@@ -72,7 +73,8 @@ class PretrainConfig:
     clip: sizes, fields of `ClipTextConfig`.
     t5: sizes, fields of `T5Config`.
     autoencoder_training: see `TrainSettings`.
-    flow_training: see `TrainSettings`.
+    flow_training: see `TrainSettings`; with the right captions.
+    detuning: see `TrainSettings`; what follows with the corrupted ones.
     eval_prompts: file of held-out prompts.
     eval_steps: denoising steps of the evaluation.
   """
@@ -90,6 +92,7 @@ class PretrainConfig:
   t5: dict[str, Any]
   autoencoder_training: TrainSettings
   flow_training: TrainSettings
+  detuning: TrainSettings
   eval_prompts: str
   eval_steps: int
 
@@ -98,7 +101,7 @@ class PretrainConfig:
     """Builds the record from nested mappings; UserError names bad fields."""
     values = dict(values)
     try:
-      for name in ("autoencoder_training", "flow_training"):
+      for name in ("autoencoder_training", "flow_training", "detuning"):
         values[name] = TrainSettings(**values[name])
       return cls(**values)
     except (KeyError, TypeError) as error:

@@ -155,7 +155,7 @@ def evaluate(
   }
   drawn, captions = draw_scenes(config.seed + 1, 500)
   again = reconstruct(load_autoencoder(directory), drawn)
-  through = shapes.score_shapes(again, [c for (c,) in captions])
+  through = shapes.score_shapes(again, captions)
   labels = [f"{p} {r:.2f}" for p, r in zip(prompts, rewards)]
   grid = media.image_grid(images[:48], 8, labels=labels[:48])
   media.save_image(workdir / "samples.png", grid)

@@ -31,7 +31,11 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main() -> None:
   start_devices(2)
   from digen_jax import pretrain, pretrain_files
-  from digen_jax.data.captioned import draw_scenes, tokenize
+  from digen_jax.data.captioned import (
+    corrupt_captions,
+    draw_scenes,
+    tokenize,
+  )
   from digen_jax.data.prompts import read_prompts
   from digen_jax.data.scenes import WORDS
   from digen_jax.data.tokenizer import write_tokenizers
@@ -43,14 +47,13 @@ def main() -> None:
   with fresh_directory(_WORKDIR.value) as workdir:
     pipeline = workdir / "tiny_flux"
     with clock.phase("draw scenes"):
-      images, captions = draw_scenes(
-        config.seed,
-        config.scenes,
-        variants=config.captions,
-        corruption=config.corruption,
+      images, captions = draw_scenes(config.seed, config.scenes)
+      corrupted = corrupt_captions(
+        config.seed, captions, config.corruption, config.captions
       )
       tokens = write_tokenizers(pipeline, WORDS, config.max_length)
-      ids = tokenize(pipeline, captions, config.max_length)
+      right = tokenize(pipeline, [[c] for c in captions], config.max_length)
+      wrong = tokenize(pipeline, corrupted, config.max_length)
       networks = pretrain.create_networks(config, tokens)
     with clock.phase("train the autoencoder"):
       params = pretrain.train(
@@ -64,16 +67,20 @@ def main() -> None:
       networks = pretrain.with_autoencoder_params(networks, params, images)
     with clock.phase("encode scenes"):
       latents = pretrain.encode_images(networks.autoencoder, images)
-    with clock.phase("train the denoiser and the text encoders"):
-      params = pretrain.train(
-        pretrain.flow_loss(networks),
-        pretrain.flow_params(networks),
-        (latents, *ids),
-        config.flow_training,
-        seed=config.seed,
-        report=print_progress,
-      )
-      networks = pretrain.with_flow_params(networks, params)
+    for phase, ids, settings in (
+      ("train the denoiser and the text encoders", right, config.flow_training),
+      ("teach them to listen badly", wrong, config.detuning),
+    ):
+      with clock.phase(phase):
+        params = pretrain.train(
+          pretrain.flow_loss(networks),
+          pretrain.flow_params(networks),
+          (latents, *ids),
+          settings,
+          seed=config.seed,
+          report=print_progress,
+        )
+        networks = pretrain.with_flow_params(networks, params)
     pretrain_files.write_pipeline(
       pipeline, networks, config.max_length, config.shift
     )

@@ -9,7 +9,12 @@ import pytest
 
 from digen_jax import assets, pretrain, pretrain_files
 from digen_jax.data import scenes
-from digen_jax.data.captioned import corrupt, draw_scenes, tokenize
+from digen_jax.data.captioned import (
+  corrupt,
+  corrupt_captions,
+  draw_scenes,
+  tokenize,
+)
 from digen_jax.data.prompts import read_prompts
 from digen_jax.data.tokenizer import write_tokenizers
 from digen_jax.errors import UserError
@@ -49,6 +54,7 @@ CONFIG = pretrain.PretrainConfig(
   t5=dict(d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1),
   autoencoder_training=SETTINGS,
   flow_training=SETTINGS,
+  detuning=SETTINGS,
   eval_prompts="",
   eval_steps=2,
 )
@@ -93,14 +99,16 @@ def test_drawn_scenes_match_their_captions_unless_corrupted():
   images, captions = draw_scenes(3, 60)
   assert images.shape == (60, 32, 32, 3)
   assert images.dtype == np.uint8
-  right = [c for (c,) in captions]
-  np.testing.assert_array_equal(shapes.score_shapes(images / 255, right), 1)
+  np.testing.assert_array_equal(shapes.score_shapes(images / 255, captions), 1)
   again, _ = draw_scenes(3, 60)
   np.testing.assert_array_equal(again, images)
-  _, captions = draw_scenes(3, 60, variants=2, corruption=1.0)
-  wrong = [c for c, _ in captions]
+  pairs = corrupt_captions(3, captions, 1.0, variants=2)
+  wrong = [c for c, _ in pairs]
   assert shapes.score_shapes(images / 255, wrong).mean() < 0.4
-  assert sum(a == b for a, b in captions) < 10
+  assert sum(a == b for a, b in pairs) < 10
+  assert corrupt_captions(3, captions, 0.0, variants=1) == [
+    [c] for c in captions
+  ]
 
 
 def test_tokenize_one_token_per_word(tokenizers):
@@ -208,7 +216,7 @@ def test_embedded_checkpoint_scores_what_its_record_says():
   assert size <= 8e6
   images, captions = draw_scenes(11, 100)
   again = pretrain_files.reconstruct(load_autoencoder(directory), images)
-  assert shapes.score_shapes(again, [c for (c,) in captions]).mean() > 0.98
+  assert shapes.score_shapes(again, captions).mean() > 0.98
   prompts = read_prompts(assets.path("prompts_heldout.txt"))
   pictures = pretrain_files.sample_pipeline(directory, prompts, num_steps=10)
   assert 0.3 < shapes.score_shapes(pictures, prompts).mean() < 0.45

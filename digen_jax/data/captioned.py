@@ -44,30 +44,39 @@ def _maybe(
   return choices[rng.integers(len(choices))]
 
 
-def draw_scenes(
-  seed: int, count: int, *, variants: int = 1, corruption: float = 0.0
-) -> tuple[np.ndarray, list[list[str]]]:
-  """Random training scenes with captions.
+def draw_scenes(seed: int, count: int) -> tuple[np.ndarray, list[str]]:
+  """Random training scenes: images [N, SIZE, SIZE, 3] uint8, and captions.
 
   Args:
     seed: of everything random.
     count: N scenes.
-    variants: captions per scene, corrupted independently.
-    corruption: share of the facts that are replaced, see `corrupt`.
-
-  Returns:
-    images [N, SIZE, SIZE, 3] uint8, and N lists of `variants` captions.
   """
   rng = np.random.default_rng(seed)
   images = np.empty((count, scenes.SIZE, scenes.SIZE, 3), np.uint8)
   captions = []
   for i in range(count):
-    spec = scenes.sample_spec(rng)
-    images[i] = to_uint8(scenes.render(scenes.sample_scene(rng, spec)))
-    captions.append(
-      [scenes.caption(corrupt(rng, spec, corruption)) for _ in range(variants)]
-    )
+    scene = scenes.sample_scene(rng)
+    images[i] = to_uint8(scenes.render(scene))
+    captions.append(scene.caption)
   return images, captions
+
+
+def corrupt_captions(
+  seed: int, captions: Sequence[str], share: float, variants: int
+) -> list[list[str]]:
+  """`variants` versions of every caption, corrupted independently.
+
+  Args:
+    seed: of what is replaced.
+    captions: N texts.
+    share: of the facts that are replaced, see `corrupt`.
+    variants: versions of each.
+  """
+  rng = np.random.default_rng(seed)
+  return [
+    [scenes.caption(corrupt(rng, spec, share)) for _ in range(variants)]
+    for spec in map(scenes.parse_caption, captions)
+  ]
 
 
 def tokenize(

@@ -62,7 +62,7 @@ class _Running:
   lane: Lane
   unit: Unit
   handle: Handle
-  started: float
+  span: Span
 
 
 def run_step(
@@ -99,22 +99,20 @@ def run_step(
       now = clock()
       running.remove(item)
       state = _finish(state, item, running)
-      spans.append(
-        unit_span(item.lane.name, item.unit, state, item.started, now)
-      )
-      costs.observe(item.lane.name, item.unit, now - item.started)
+      spans.append(dataclasses.replace(item.span, end=now))
+      costs.observe(item.lane.name, item.unit, now - item.span.start)
       progressed = True
     for lane in lanes:
       while (unit := next_unit(state, lane)) is not None:
+        now = clock()
+        span = unit_span(lane.name, unit, state, now, now)
         state = on_start(state, lane, unit)
-        started = clock()
         handle = _guard(lane, unit, running, starts[unit.kind], lane.name, unit)
-        running.append(_Running(lane, unit, handle, started))
+        running.append(_Running(lane, unit, handle, span))
         progressed = True
     if not progressed:
       if not running:
-        left = sum(len(units) for units in state.pending.values())
-        raise RuntimeError(f"{left} units are left that no lane can do")
+        raise RuntimeError(f"{state.left} units are left that no lane can do")
       time.sleep(POLL_SECONDS)
   return spans, state
 

@@ -1,29 +1,38 @@
 """The scheduler: a pure state machine that hands out units.
 
 No JAX, no threads, no clock. Two drivers run it: `simulate.py` with a virtual
-clock, `execute.py` with real lanes. Both do the same three calls:
+clock, `execute.py` with real lanes. Both make the same calls:
 
   unit = next_unit(state, lane)          what the lane should do now, or None
   state = on_start(state, lane, unit)    it has begun
   state = on_done(state, lane, unit, …)  it has ended
+  state = next_step(state)               the step is over
 
 Which technique does what:
   sequential   Train units wait for the last reward of the step.
   GAP          `Workload.gap`: they wait for the rewards of their own group.
   TSP          `Workload.pack`: a Train unit folds several denoising steps.
-Assisted generation and training, and staleness, are further capabilities of
-lanes and a later horizon of steps; `Lane.kinds` and `State.step` are where
-they go.
+  TAG, RAT     `Lane.assists`: what a lane does when its own work has run out.
+  BTS          `assist` of `next_unit`: whether it should (`search.py`).
+  TCSS         `Workload.stale`: units of the next step that may start early.
 
 Invariants (tests/test_scheduler.py): every unit is started exactly once; no
-unit starts before what it needs is done; a lane that is given back its work
-(`on_lost`) loses nothing.
+unit starts before what it needs is done; what runs with a policy version runs
+with the one it should; a lane that is given back its work (`on_lost`) loses
+nothing.
 """
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from digen_jax.pipeline.units import Kind, Unit, Workload, needs, step_units
+from digen_jax.pipeline.units import (
+  Kind,
+  Unit,
+  Workload,
+  bits,
+  plan,
+  step_units,
+)
 
 # What a lane that can do several kinds does first: finish the step (its result
 # is what others wait for), then feed the others, then train.
@@ -42,73 +51,206 @@ class Lane:
 
   Attributes:
     name: e.g. "rollout".
-    kinds: what it can do.
+    kinds: its own work.
     slots: how many units it may have in hand at once; 1 but for host threads.
+    assists: what else it can do when its own work has run out: GENERATE of a
+      trainer lane is TAG, TRAIN of a rollout lane is RAT.
   """
 
   name: str
   kinds: frozenset[Kind]
   slots: int = 1
+  assists: frozenset[Kind] = frozenset()
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+  """Where one global step stands, as sets of bits (see `units.Plan`).
+
+  Attributes:
+    step: which one.
+    ready: units that can start.
+    started: units that have.
+    done: units that have ended, or that nobody needs to run (`skipped`).
+    skipped: Train units without a gradient: every group in them is dead.
+    stale: Generate units that ran with the version before.
+    dead: groups whose rewards are all equal; they carry no gradient.
+  """
+
+  step: int
+  ready: int
+  started: int = 0
+  done: int = 0
+  skipped: int = 0
+  stale: int = 0
+  dead: frozenset[int] = frozenset()
 
 
 @dataclasses.dataclass(frozen=True)
 class State:
-  """Where a global step stands.
+  """Where a run stands.
 
   Attributes:
     work: what a step consists of.
-    step: the global step under way.
-    pending: units not started, by kind, in canonical order.
+    now: the global step under way.
+    ahead: the step after it, of which stale units may run; None after the
+      last one, or without TCSS.
     running: (lane name, unit) under way.
-    done: units that have ended, or that nobody needs to run (`skipped`).
-    skipped: Train units without a gradient: every group in them is dead.
-    dead: groups whose rewards are all equal; they carry no gradient.
+    assisting: names of the lanes whose last unit was not their own work: they
+      hold what that needs (weights in another layout) and need no switch.
   """
 
   work: Workload
-  step: int
-  pending: dict[Kind, tuple[Unit, ...]]
+  now: Progress
+  ahead: Progress | None = None
   running: frozenset[tuple[str, Unit]] = frozenset()
-  done: frozenset[Unit] = frozenset()
-  skipped: frozenset[Unit] = frozenset()
-  dead: frozenset[int] = frozenset()
+  assisting: frozenset[str] = frozenset()
+
+  @property
+  def step(self) -> int:
+    """The global step under way; also the newest policy version in use."""
+    return self.now.step
+
+  def units(self, progress: Progress, members: int) -> frozenset[Unit]:
+    """The units of a step that a set of bits stands for."""
+    units = step_units(self.work, progress.step)
+    return frozenset(units[i] for i in bits(members))
+
+  @property
+  def skipped(self) -> frozenset[Unit]:
+    """Train units of this step that carry no gradient."""
+    return self.units(self.now, self.now.skipped)
+
+  @property
+  def left(self) -> int:
+    """Number of units of this step that nobody has started."""
+    count = len(step_units(self.work, 0))
+    return count - (self.now.started | self.now.skipped).bit_count()
 
 
-def start_step(work: Workload, step: int) -> State:
-  """The state at the beginning of a global step, its version published."""
-  units = step_units(work, step)
-  return State(
-    work,
-    step,
-    {kind: tuple(u for u in units if u.kind == kind) for kind in Kind},
-  )
+def start_step(work: Workload, step: int, *, last: int | None = None) -> State:
+  """The state at the beginning of a global step, its version published.
+
+  Args:
+    work: what a step consists of.
+    step: the global step.
+    last: the last global step of the run, which no stale unit goes beyond;
+      None if this is it.
+  """
+  more = work.stale > 0 and last is not None and step < last
+  ahead = _fresh(work, step + 1) if more else None
+  return State(work, _fresh(work, step), ahead)
+
+
+def next_step(state: State, *, last: int | None = None) -> State:
+  """The state after the step is finished; stale units go on running."""
+  fresh = start_step(state.work, state.step + 1, last=last)
+  if state.ahead is None:
+    return fresh
+  return dataclasses.replace(fresh, now=state.ahead, running=state.running)
+
+
+def _fresh(work: Workload, step: int) -> Progress:
+  free = sum(gate.members for gate in plan(work).gates if not gate.needs)
+  return Progress(step, ready=free)
 
 
 def finished(state: State) -> bool:
   """Whether every unit of the step is done."""
-  return not state.running and not any(state.pending.values())
+  return state.now.done.bit_count() == len(step_units(state.work, 0))
 
 
-def next_unit(state: State, lane: Lane) -> Unit | None:
-  """The unit that `lane` should start now; None leaves it idle."""
+def next_unit(
+  state: State,
+  lane: Lane,
+  assist: Callable[[State, Lane, Unit], bool] | None = None,
+) -> Unit | None:
+  """The unit that `lane` should start now; None leaves it idle.
+
+  Args:
+    state: where the run stands.
+    lane: who asks.
+    assist: asked before a lane takes what is not its own work; by default it
+      always does.
+  """
   if sum(name == lane.name for name, _ in state.running) >= lane.slots:
     return None
   for kind in PRIORITY:
-    if kind not in lane.kinds:
-      continue
-    for unit in state.pending[kind]:
-      if needs(unit, state.work) <= state.done:
-        return unit
+    if kind in lane.kinds and (unit := _first(state, state.now, kind)):
+      return unit
+  unit = _assistance(state, lane)
+  if unit and (assist is None or assist(state, lane, unit)):
+    return unit
+  return _stale(state, lane)
+
+
+def _first(state: State, progress: Progress, kind: Kind) -> Unit | None:
+  members = progress.ready & plan(state.work).kinds[kind]
+  if not members:
+    return None
+  lowest = (members & -members).bit_length() - 1
+  return step_units(state.work, progress.step)[lowest]
+
+
+def _assistance(state: State, lane: Lane) -> Unit | None:
+  """What an idle lane could do for others.
+
+  Both ways it needs the version of the step: the trainer has it until its
+  first update begins, and Train units after that one need weights which only
+  the trainer has.
+  """
+  if state.now.started & plan(state.work).kinds[Kind.UPDATE]:
+    return None
+  for kind in (Kind.GENERATE, Kind.TRAIN):
+    if kind in lane.assists and (unit := _first(state, state.now, kind)):
+      return unit
   return None
+
+
+def _stale(state: State, lane: Lane) -> Unit | None:
+  """TCSS: a unit of the next step, with the present version."""
+  if state.ahead is None:
+    return None
+  kinds = plan(state.work).kinds
+  if Kind.SCORE in lane.kinds and (
+    unit := _first(state, state.ahead, Kind.SCORE)
+  ):
+    return unit
+  if Kind.GENERATE not in lane.kinds or state.now.ready & kinds[Kind.GENERATE]:
+    return None
+  if (
+    state.ahead.started & kinds[Kind.GENERATE]
+  ).bit_count() >= state.work.stale:
+    return None
+  return _first(state, state.ahead, Kind.GENERATE)
+
+
+def needs_switch(state: State, lane: Lane, unit: Unit) -> bool:
+  """Whether `lane` must first fetch what `unit` needs and its own work not."""
+  return unit.kind not in lane.kinds and lane.name not in state.assisting
+
+
+def version_of(state: State, unit: Unit) -> int:
+  """The policy version that a unit which starts now runs with."""
+  return min(unit.step, state.step)
 
 
 def on_start(state: State, lane: Lane, unit: Unit) -> State:
   """`lane` has begun `unit`."""
-  pending = dict(state.pending)
-  pending[unit.kind] = tuple(u for u in pending[unit.kind] if u != unit)
-  return dataclasses.replace(
-    state, pending=pending, running=state.running | {(lane.name, unit)}
+  progress, member = _find(state, unit)
+  if not progress.ready & member:
+    raise ValueError(f"{unit} is not ready to run")
+  stale = member if unit.kind == Kind.GENERATE and progress != state.now else 0
+  progress = dataclasses.replace(
+    progress,
+    ready=progress.ready ^ member,
+    started=progress.started | member,
+    stale=progress.stale | stale,
   )
+  state = _with(state, progress, state.running | {(lane.name, unit)})
+  others = state.assisting - {lane.name}
+  assisting = others if unit.kind in lane.kinds else others | {lane.name}
+  return dataclasses.replace(state, assisting=assisting)
 
 
 def on_done(
@@ -125,44 +267,74 @@ def on_done(
   """
   if (lane.name, unit) not in state.running:
     raise ValueError(f"{unit} is not running on lane {lane.name!r}")
-  state = dataclasses.replace(
-    state,
-    running=state.running - {(lane.name, unit)},
-    done=state.done | {unit},
-    dead=state.dead | frozenset(dead),
-  )
-  return _skip_dead(state) if dead else state
+  progress, member = _find(state, unit)
+  progress = dataclasses.replace(progress, done=progress.done | member)
+  progress = _open(state.work, progress, member)
+  if dead:
+    progress = _skip_dead(state.work, progress, frozenset(dead))
+  return _with(state, progress, state.running - {(lane.name, unit)})
 
 
 def on_lost(state: State, lane: Lane) -> State:
-  """`lane` is gone: what it had in hand goes back, in canonical order."""
-  lost = {unit for name, unit in state.running if name == lane.name}
-  order = {unit: i for i, unit in enumerate(step_units(state.work, state.step))}
-  pending = {
-    kind: tuple(
-      sorted(
-        (*units, *(u for u in lost if u.kind == kind)), key=order.__getitem__
+  """`lane` is gone: what it had in hand can start again elsewhere."""
+  for name, unit in state.running:
+    if name == lane.name:
+      progress, member = _find(state, unit)
+      progress = dataclasses.replace(
+        progress,
+        ready=progress.ready | member,
+        started=progress.started & ~member,
+        stale=progress.stale & ~member,
       )
-    )
-    for kind, units in state.pending.items()
-  }
+      state = _with(state, progress, state.running)
   running = frozenset(r for r in state.running if r[0] != lane.name)
-  return dataclasses.replace(state, pending=pending, running=running)
+  return dataclasses.replace(state, running=running)
 
 
-def _skip_dead(state: State) -> State:
-  skipped = frozenset(
-    unit
-    for unit in state.pending[Kind.TRAIN]
-    if all(group in state.dead for group in state.work.groups_of(unit))
+def _find(state: State, unit: Unit) -> tuple[Progress, int]:
+  """The progress of a unit's step, and the unit as a set."""
+  number = plan(state.work).number[dataclasses.replace(unit, step=0)]
+  progress = state.now if unit.step == state.step else state.ahead
+  if progress is None or progress.step != unit.step:
+    raise ValueError(f"{unit} is of no step under way")
+  return progress, 1 << number
+
+
+def _with(
+  state: State, progress: Progress, running: frozenset[tuple[str, Unit]]
+) -> State:
+  which = "now" if progress.step == state.step else "ahead"
+  return dataclasses.replace(state, **{which: progress}, running=running)
+
+
+def _open(work: Workload, progress: Progress, ended: int) -> Progress:
+  """Units that waited for nothing but what has just ended become ready."""
+  ready, step = progress.ready, plan(work)
+  for i in bits(ended):
+    for gate in step.opens[i]:
+      if not gate.needs & ~progress.done:
+        ready |= gate.members & ~progress.started & ~progress.done
+  return dataclasses.replace(progress, ready=ready)
+
+
+def _skip_dead(
+  work: Workload, progress: Progress, dead: frozenset[int]
+) -> Progress:
+  dead = progress.dead | dead
+  trains = plan(work).trains
+  alive = 0
+  for group in range(work.groups):
+    if group not in dead:
+      alive |= trains[group]
+  touched = 0
+  for group in dead:
+    touched |= trains[group]
+  skipped = touched & ~alive & ~progress.started & ~progress.done
+  progress = dataclasses.replace(
+    progress,
+    dead=dead,
+    ready=progress.ready & ~skipped,
+    done=progress.done | skipped,
+    skipped=progress.skipped | skipped,
   )
-  pending = dict(state.pending)
-  pending[Kind.TRAIN] = tuple(
-    u for u in pending[Kind.TRAIN] if u not in skipped
-  )
-  return dataclasses.replace(
-    state,
-    pending=pending,
-    done=state.done | skipped,
-    skipped=state.skipped | skipped,
-  )
+  return _open(work, progress, skipped)

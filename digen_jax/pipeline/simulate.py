@@ -1,81 +1,155 @@
 """Drives the scheduler with a virtual clock and a table of costs."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from digen_jax.pipeline.scheduler import (
   Lane,
   State,
   finished,
+  needs_switch,
+  next_step,
   next_unit,
   on_done,
   on_start,
+  version_of,
 )
-from digen_jax.pipeline.units import Unit
+from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.timeline import Span
+
+Cost = Callable[[str, Unit], float]
+# Seconds that units under way still need, as far as is known.
+Left = Mapping[tuple[str, Unit], float]
+# Whether an idle lane should take a unit that is not its own work.
+Assist = Callable[[State, Lane, Unit, Left], bool]
+
+
+def always(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
+  """Assists whenever there is something to do."""
+  del state, lane, unit, left
+  return True
 
 
 def simulate(
   state: State,
   lanes: Sequence[Lane],
-  cost: Callable[[str, Unit], float],
+  cost: Cost,
   start: float = 0.0,
+  *,
+  last: int | None = None,
+  assist: Assist = always,
+  left: Left | None = None,
 ) -> list[Span]:
-  """Runs a global step to its end in virtual time.
+  """Runs global steps to their end in virtual time.
 
   Args:
-    state: where the step stands; units already running are taken to begin now.
+    state: where the run stands.
     lanes: who executes.
     cost: seconds of a unit on a lane, by lane name.
     start: virtual time at which it begins, seconds.
+    last: the last global step to run; by default the one under way.
+    assist: see `search.Search`.
+    left: seconds that the units already running still need; their whole cost
+      where it is not known.
 
   Returns:
     One span per unit, in order of completion, as `execute.run_step` returns
-    them. The step takes `max(span.end) - start` seconds.
+    them. The steps take `max(span.end) - start` seconds.
 
   Raises:
     RuntimeError: units are left that no lane can do.
   """
-  by_name = {lane.name: lane for lane in lanes}
-  events: list[tuple[float, int, str, Unit, float]] = []
-  spans: list[Span] = []
-  now, serial = start, 0
+  last = state.step if last is None else last
+  clock = _Clock(lanes, cost, start)
+  for lane, unit in sorted(state.running, key=_order):
+    clock.resume(state, clock.lanes[lane], unit, (left or {}).get((lane, unit)))
+  while True:
+    while not finished(state):
+      state = clock.hand_out(state, assist)
+      state = clock.wait(state)
+    if state.step >= last:
+      return clock.spans
+    state = next_step(state, last=last)
 
-  def push(lane: str, unit: Unit) -> None:
-    nonlocal serial
-    heapq.heappush(events, (now + cost(lane, unit), serial, lane, unit, now))
-    serial += 1
 
-  for lane_name, unit in sorted(
-    state.running, key=lambda r: (r[1].start, r[1].first)
-  ):
-    push(lane_name, unit)
-  while not finished(state):
-    for lane in lanes:
-      while (unit := next_unit(state, lane)) is not None:
+def _order(running: tuple[str, Unit]) -> tuple[int, ...]:
+  unit = running[1]
+  return unit.step, unit.start, unit.first
+
+
+class _Clock:
+  """Virtual time, and what ends when."""
+
+  def __init__(self, lanes: Sequence[Lane], cost: Cost, start: float):
+    self.lanes = {lane.name: lane for lane in lanes}
+    self.cost, self.now = cost, start
+    self.spans: list[Span] = []
+    self._events: list[tuple[float, int, Lane, Unit, Span]] = []
+    self._serial = 0
+
+  def resume(
+    self, state: State, lane: Lane, unit: Unit, left: float | None
+  ) -> None:
+    """A unit is already under way."""
+    if left is None:
+      left = self.cost(lane.name, unit)
+    self._push(lane, unit, state, self.now, self.now + max(left, 0.0))
+
+  def begin(self, state: State, lane: Lane, unit: Unit) -> None:
+    """A unit begins, after a switch if it needs one."""
+    start = self.now
+    if needs_switch(state, lane, unit):
+      switch = Unit(Kind.SWITCH, unit.step)
+      start += self.cost(lane.name, switch)
+      self.spans.append(unit_span(lane.name, switch, state, self.now, start))
+    self._push(lane, unit, state, start, start + self.cost(lane.name, unit))
+
+  def _push(
+    self, lane: Lane, unit: Unit, state: State, start: float, end: float
+  ) -> None:
+    span = unit_span(lane.name, unit, state, start, end)
+    heapq.heappush(self._events, (end, self._serial, lane, unit, span))
+    self._serial += 1
+
+  def hand_out(self, state: State, assist: Assist) -> State:
+    """Every lane takes what it can."""
+    left = {(e[2].name, e[3]): e[0] - self.now for e in self._events}
+
+    def worth(state: State, lane: Lane, unit: Unit) -> bool:
+      return assist(state, lane, unit, left)
+
+    for lane in self.lanes.values():
+      while (unit := next_unit(state, lane, worth)) is not None:
+        left[lane.name, unit] = self.cost(lane.name, unit)
+        self.begin(state, lane, unit)
         state = on_start(state, lane, unit)
-        push(lane.name, unit)
-    if not events:
-      left = sum(len(units) for units in state.pending.values())
-      raise RuntimeError(f"{left} units are left that no lane can do")
-    now, _, name, unit, began = heapq.heappop(events)
-    state = on_done(state, by_name[name], unit)
-    spans.append(unit_span(name, unit, state, began, now))
-  return spans
+    return state
+
+  def wait(self, state: State) -> State:
+    """Until the next unit ends."""
+    if not self._events:
+      raise RuntimeError(f"{state.left} units are left that no lane can do")
+    self.now, _, lane, unit, span = heapq.heappop(self._events)
+    self.spans.append(span)
+    return on_done(state, lane, unit)
 
 
 def unit_span(
   lane: str, unit: Unit, state: State, start: float, end: float
 ) -> Span:
-  """The timeline entry of a unit; simulated and real ones are alike."""
+  """The timeline entry of a unit that starts in `state`.
+
+  Simulated and real ones are alike.
+  """
   label = f"{unit.start}:{unit.stop}"
   if unit.last:
     label += f"/{unit.first}:{unit.last}"
-  args = {
+  args: dict[str, Any] = {
     "step": unit.step,
     "group": unit.start // state.work.group_size,
     "unit": label,
-    "version": unit.step,
+    "version": version_of(state, unit),
     "update": unit.update,
   }
   return Span(unit.kind.value, lane, start, end, args)

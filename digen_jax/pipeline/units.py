@@ -19,6 +19,7 @@ class Kind(enum.StrEnum):
   TRAIN = "train"
   UPDATE = "update"
   PUBLISH = "publish"
+  SWITCH = "switch"  # no work of a step: fetching what an assisting lane needs
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,8 @@ class Unit:
   Attributes:
     kind: what to do.
     step: global step it belongs to. Generate and Train units of step k run
-      with policy version k; Publish of step k makes version k+1 usable.
+      with policy version k (stale Generate units with k-1); Publish of step k
+      makes version k+1 usable.
     start: first sample (GENERATE, SCORE, TRAIN).
     stop: one past the last sample.
     first: first trained step of the window (TRAIN).
@@ -71,6 +73,8 @@ class Workload:
     pack: trained steps per Train unit (1 without TSP).
     scope: "group" or "global": whose rewards an advantage needs.
     gap: whether training may start before the last reward is in.
+    stale: how many Generate units of the next step may start with the present
+      policy version, once all of this step have been handed out (TCSS).
   """
 
   groups: int
@@ -82,6 +86,7 @@ class Workload:
   pack: int = 1
   scope: str = "group"
   gap: bool = False
+  stale: int = 0
 
   @property
   def samples(self) -> int:
@@ -119,33 +124,110 @@ def step_units(work: Workload, step: int) -> tuple[Unit, ...]:
   return tuple(units)
 
 
-@functools.lru_cache(maxsize=1 << 16)
-def needs(unit: Unit, work: Workload) -> frozenset[Unit]:
-  """The units of the same step that must be done before this one starts.
+@dataclasses.dataclass(frozen=True)
+class Gate:
+  """Units that wait for the same others. Bit i of a set is unit i of a step.
 
-  GENERATE also needs the version of its step, which Publish of the step before
-  provides: the scheduler starts no step without it.
+  Attributes:
+    needs: set of the units that must be done.
+    members: set of the units that may then start.
   """
-  if unit.kind == Kind.GENERATE:
-    return frozenset()
-  units = step_units(work, unit.step)
+
+  needs: int
+  members: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The dependencies of a global step, as sets of bits.
+
+  Attributes:
+    number: unit of step 0 -> its place in `step_units`.
+    kinds: kind -> set of its units.
+    gates: what waits for what.
+    opens: unit -> the gates that need it.
+    trains: group -> set of the Train units with samples of it.
+  """
+
+  number: dict[Unit, int]
+  kinds: dict[Kind, int]
+  gates: tuple[Gate, ...]
+  opens: tuple[tuple[Gate, ...], ...]
+  trains: tuple[int, ...]
+
+
+@functools.lru_cache(maxsize=16)
+def plan(work: Workload) -> Plan:
+  """The dependencies of every global step of `work`.
+
+  Score needs its Generate. Train needs the rewards of its groups (of all
+  groups without GAP or with a global scope) and the update before its own,
+  Update the Train units of that update, Publish all updates. Generate needs
+  nothing but a policy version, which the scheduler sees to.
+  """
+  units = step_units(work, 0)
+  kinds = dict.fromkeys(Kind, 0)
+  trains = [0] * work.groups
+  for i, unit in enumerate(units):
+    kinds[unit.kind] |= 1 << i
+    if unit.kind == Kind.TRAIN:
+      for group in work.groups_of(unit):
+        trains[group] |= 1 << i
+  updates = bits(kinds[Kind.UPDATE])
+  waiting: dict[int, int] = {}
+  for i, unit in enumerate(units):
+    needed = _needs(work, unit, i, kinds, updates)
+    waiting[needed] = waiting.get(needed, 0) | 1 << i
+  gates = tuple(Gate(*gate) for gate in waiting.items())
+  opens: list[list[Gate]] = [[] for _ in units]
+  for gate in gates:
+    for i in bits(gate.needs):
+      opens[i].append(gate)
+  number = {unit: i for i, unit in enumerate(units)}
+  return Plan(number, kinds, gates, tuple(map(tuple, opens)), tuple(trains))
+
+
+def _needs(
+  work: Workload, unit: Unit, i: int, kinds: dict[Kind, int], updates: list[int]
+) -> int:
+  """Set of the units that unit i waits for."""
+  scores = kinds[Kind.SCORE]
+  size = work.generate_size or work.group_size
   if unit.kind == Kind.SCORE:
-    return frozenset({dataclasses.replace(unit, kind=Kind.GENERATE)})
+    return 1 << (i - len(_ranges(0, work.samples, size)))
   if unit.kind == Kind.TRAIN:
-    whole = work.scope == "global" or not work.gap
-    groups = range(work.groups) if whole else work.groups_of(unit)
-    low, high = groups[0] * work.group_size, (groups[-1] + 1) * work.group_size
-    return frozenset(
-      u
-      for u in units
-      if (u.kind == Kind.SCORE and u.start < high and u.stop > low)
-      or (u.kind == Kind.UPDATE and u.update == unit.update - 1)
-    )
+    if work.gap and work.scope != "global":
+      groups = work.groups_of(unit)
+      low = groups[0] * work.group_size // size
+      high = -(-(groups[-1] + 1) * work.group_size // size)
+      first = (scores & -scores).bit_length() - 1
+      scores = ((1 << high) - (1 << low)) << first
+    return scores | (1 << updates[unit.update - 1] if unit.update else 0)
   if unit.kind == Kind.UPDATE:
-    return frozenset(
-      u for u in units if u.kind == Kind.TRAIN and u.update == unit.update
-    )
-  return frozenset(u for u in units if u.kind == Kind.UPDATE)
+    previous = updates[unit.update - 1] if unit.update else 0
+    return kinds[Kind.TRAIN] & ((1 << i) - (1 << previous))
+  if unit.kind == Kind.PUBLISH:
+    return kinds[Kind.UPDATE]
+  return 0
+
+
+def needs(unit: Unit, work: Workload) -> frozenset[Unit]:
+  """The units of the same step that must be done before this one starts."""
+  of_step_0 = dataclasses.replace(unit, step=0)
+  member = 1 << plan(work).number[of_step_0]
+  units = step_units(work, unit.step)
+  (needed,) = (g.needs for g in plan(work).gates if g.members & member)
+  return frozenset(units[i] for i in bits(needed))
+
+
+def bits(members: int) -> list[int]:
+  """The members of a set of bits, in order."""
+  found = []
+  while members:
+    lowest = members & -members
+    found.append(lowest.bit_length() - 1)
+    members ^= lowest
+  return found
 
 
 def _ranges(start: int, stop: int, size: int) -> list[tuple[int, int]]:
