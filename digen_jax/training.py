@@ -70,7 +70,7 @@ class Run:
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
     assembly = assemble.assemble(config)
-    self.fingerprint = fingerprint(config.checkpoint)
+    self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
