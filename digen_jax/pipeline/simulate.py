@@ -75,6 +75,7 @@ def unit_span(
     "step": unit.step,
     "group": unit.start // state.work.group_size,
     "unit": label,
+    "size": unit.size,
     "version": unit.step,
     "update": unit.update,
   }
