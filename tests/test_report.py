@@ -86,7 +86,7 @@ def workdir(tmp_path):
 class Page(HTMLParser):
   """Tags that balance, their attributes, and the text between them."""
 
-  VOID = ("meta", "img", "input")
+  VOID = ("meta", "img", "input", "br")
 
   def __init__(self, html):
     super().__init__()
