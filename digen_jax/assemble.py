@@ -17,6 +17,7 @@ from digen_jax.placement import Weights
 from digen_jax.policy import Recipe
 from digen_jax.sampling.schedules import schedule_from_config
 from digen_jax.types import Conditioning
+from digen_jax.weights.adapters import load_adapters
 from digen_jax.weights.load import (
   load_autoencoder,
   load_model,
@@ -68,7 +69,8 @@ def assemble(config: Config) -> Assembly:
 
   Raises:
     UserError: the checkpoint is incomplete, damaged or of another family; the
-      image size does not fit the model; LoRA targets match nothing.
+      image size does not fit the model; LoRA targets match nothing; a LoRA
+      file does not fit.
   """
   pipeline = load_pipeline_config(config.checkpoint)
   train = config.train
@@ -88,6 +90,8 @@ def assemble(config: Config) -> Assembly:
       targets=train.lora_targets,
       key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
     )
+    if train.lora_init:
+      model = load_adapters(model, train.lora_init, alpha=train.lora_alpha)
   autoencoder = load_autoencoder(config.checkpoint)
   trainable, frozen = lora.split_trainable(
     model.params, "lora" if adapted else "full"

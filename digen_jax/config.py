@@ -66,6 +66,8 @@ class Train:
     lora_rank: rank of the adapters; 0 trains every parameter.
     lora_alpha: numerator of the LoRA scale alpha / rank.
     lora_targets: regular expressions searched for in module paths.
+    lora_init: LoRA file (diffusers' form) whose adapters the run starts from;
+      rank and targets must be those of the file. Empty: zero adapters.
     updates_per_batch: optimiser updates per rollout batch; the first is
       on-policy.
     clip_range: PPO clip of the ratio, 1 +- clip_range.
@@ -85,6 +87,7 @@ class Train:
   lora_rank: int = 0
   lora_alpha: float = 16.0
   lora_targets: tuple[str, ...] = ("attn", "ff")
+  lora_init: str = ""
   updates_per_batch: int = 1
   clip_range: float = 1e-4
   kl_weight: float = 0.0
@@ -322,6 +325,11 @@ def check(config: Config) -> None:
   ):
     if not value > 0:
       raise UserError(f"config.{where} must be positive; got {value}")
+  if train.lora_init and not train.lora_rank:
+    raise UserError(
+      f"config.train.lora_init={train.lora_init!r} needs adapters to load: set "
+      "config.train.lora_rank to the rank of the file"
+    )
   if not 0.0 <= train.ema_decay < 1.0:
     raise UserError(
       f"config.train.ema_decay must be in [0, 1); got {train.ema_decay}"

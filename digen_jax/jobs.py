@@ -17,7 +17,8 @@ from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
 from digen_jax.models.lora import merge_lora
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.runs import open_policy, read_config
+from digen_jax.runs import is_run, open_policy, read_config
+from digen_jax.weights.adapters import FILE, save_adapters, train_settings
 from digen_jax.weights.export import export_pipeline
 
 GRID = 64  # samples the overview picture shows at most
@@ -31,6 +32,7 @@ def sample_prompts(
   overrides: Mapping[str, Mapping[str, Any]],
   seed: int,
   samples_per_prompt: int,
+  lora: str | Path | None = None,
 ) -> int:
   """Writes one PNG per sample, `grid.png` and `samples.jsonl`.
 
@@ -41,6 +43,7 @@ def sample_prompts(
     overrides: config section -> field -> value.
     seed: of the noise.
     samples_per_prompt: pictures of each prompt.
+    lora: LoRA file to sample a pipeline with.
 
   Returns:
     How many pictures were written.
@@ -49,6 +52,13 @@ def sample_prompts(
     UserError: bad input.
   """
   texts = read_prompts(prompts)
+  if lora and is_run(checkpoint):
+    raise UserError(
+      f"--lora={lora} goes with a pipeline directory, and {checkpoint} is a "
+      "run: name the pipeline that the adapters were made for"
+    )
+  if lora:
+    overrides = {**overrides, "train": train_settings(lora, checkpoint)}
   out = _directory(out)
   policy = open_policy(checkpoint, overrides)
   texts = [text for text in texts for _ in range(samples_per_prompt)]
@@ -123,29 +133,47 @@ def evaluate_run(
   return base, trained
 
 
-def export_run(run: str | Path, out: str | Path, merge: bool) -> None:
-  """Writes a run's policy as a diffusers pipeline directory.
+def export_run(
+  run: str | Path, out: str | Path, form: str | None = None
+) -> str:
+  """Writes a run's policy for diffusers.
 
   Args:
     run: directory of the run.
-    out: the pipeline's directory; must not exist or be empty.
-    merge: fold LoRA adapters into the weights they adapt.
+    out: directory to write; must not exist or be empty.
+    form: "lora", the adapters as one file; "pipeline", a whole pipeline, with
+      adapters folded in; None, "lora" where adapters were trained.
+
+  Returns:
+    What was written and how diffusers loads it, one line.
 
   Raises:
-    UserError: not a run, `out` is taken, or adapters and no `merge`.
+    UserError: not a run, `out` is taken, or there are no adapters.
   """
   config = read_config(run)
-  if config.train.lora_rank and not merge:
+  adapted = config.train.lora_rank > 0
+  form = form or ("lora" if adapted else "pipeline")
+  if form == "lora" and not adapted:
     raise UserError(
-      f"{run} trained LoRA adapters: pass --merge to write a pipeline with "
-      "the adapters folded in"
+      f"{run} trained every parameter, so it has no LoRA adapters: use "
+      "--format=pipeline"
     )
   policy = open_policy(run)
-  weights = policy.assembly.weights
-  params = join(policy.trainable, weights.frozen)
-  if config.train.lora_rank:
+  params = join(policy.trainable, policy.assembly.weights.frozen)
+  if form == "lora":
+    name = policy.assembly.model.family.class_name
+    count = save_adapters(out, params, name, alpha=config.train.lora_alpha)
+    return (
+      f"wrote {Path(out) / FILE}, adapters of {count} layers; in diffusers: "
+      f"pipe.load_lora_weights({str(out)!r})"
+    )
+  if adapted:
     params = merge_lora(params, config.train.lora_alpha)
   export_pipeline(config.checkpoint, out, params)
+  return (
+    f"wrote {out}; in diffusers: "
+    f"DiffusionPipeline.from_pretrained({str(out)!r})"
+  )
 
 
 def table(base: Evaluated, trained: Evaluated) -> str:

@@ -55,6 +55,8 @@ SECTIONS = (
   ("advantage", "reward"),
   ("busy", "lanes"),
   ("idle", "lanes"),
+  ("tflops", "lanes"),
+  ("mfu", "lanes"),
   ("generated", "lanes"),
   ("trained", "lanes"),
   ("sync", "time"),

@@ -22,6 +22,7 @@ from digen_jax.run_record import (
   RunRecord,
   column,
   curve,
+  is_number,
   load_run,
   smooth,
   splits,
@@ -293,7 +294,7 @@ def _lanes(run: RunRecord) -> str:
       f'title="{kind} {part:.1%}"></i>'
       for kind, part in parts.items()
     )
-    + f"</span><small>{parts['busy']:.0%} busy</small></div>"
+    + f"</span><small>{_busy(run, lane, parts['busy'])}</small></div>"
     for lane, parts in shares.items()
   )
   if not run.spans:
@@ -303,6 +304,20 @@ def _lanes(run: RunRecord) -> str:
     [(name, f"var(--{name})") for name in names] + [("idle", "var(--hatch)")]
   )
   return bars + legend + _picker(_timelines(run.spans))
+
+
+def _busy(run: RunRecord, lane: str, share: float) -> str:
+  """Busy share of a lane, and its FLOP/s where the metrics have them."""
+  text = f"{share:.0%} busy"
+  rates, parts = (
+    [x for r in run.rows if is_number(x := (r.get(name) or {}).get(lane))]
+    for name in ("tflops_per_second", "mfu")
+  )
+  if rates:
+    text += f"<br>{number(statistics.median(rates))} TFLOP/s a device"
+  if parts:
+    text += f" · MFU {statistics.median(parts):.1%}"
+  return text
 
 
 def _shares(run: RunRecord) -> dict[str, dict[str, float]]:

@@ -22,7 +22,14 @@ from digen_jax.timeline import Span, Timeline
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a resumed run must share with the one it goes on with: it decides what
 # the arrays of a checkpoint mean, or what has been drawn so far.
-FIXED = ("seed", "batch", "train.lora_rank", "train.ema_decay")
+FIXED = (
+  "seed",
+  "batch",
+  "train.lora_rank",
+  "train.lora_alpha",
+  "train.lora_targets",
+  "train.ema_decay",
+)
 
 
 def check_workdir(workdir: Path) -> None:
@@ -47,11 +54,11 @@ def check_resumable(
 
   Args:
     config: of the run that is to go on.
-    fingerprint: of its pretrained checkpoint, which may have moved.
+    fingerprint: of what it starts from, which may have moved.
     record: of the checkpoint to go on from.
     workdir: where that was found.
   """
-  now = to_dict(config)
+  now = json.loads(json.dumps(to_dict(config)))  # as the record was
   for name in FIXED:
     old, new = record["config"], now
     for key in name.split("."):
@@ -64,8 +71,8 @@ def check_resumable(
   if record["checkpoint"] != fingerprint:
     raise UserError(
       f"{workdir} holds a run that started from "
-      f"{record['config']['checkpoint']}, and {config.checkpoint} holds other "
-      "files: resume it with the same, or choose another --workdir"
+      f"{_start(record['config'])}, and {_start(now)} holds other files: "
+      "resume it with the same, or choose another --workdir"
     )
   if record["step"] > config.steps:
     raise UserError(
@@ -73,6 +80,11 @@ def check_resumable(
       f"config.steps={config.steps}: raise config.steps to go on, or choose "
       "another --workdir"
     )
+
+
+def _start(config: Mapping[str, Any]) -> str:
+  lora = config["train"].get("lora_init")
+  return config["checkpoint"] + (f" with {lora}" if lora else "")
 
 
 def describe(meshes: Mapping[str, Mesh]) -> str:

@@ -25,6 +25,7 @@ from digen_jax.program import Program
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
 from digen_jax.sampler import Sampler
+from digen_jax.throughput import lane_throughput, unit_flops
 from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
@@ -70,7 +71,7 @@ class Run:
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
     assembly = assemble.assemble(config)
-    self.fingerprint = fingerprint(config.checkpoint)
+    self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
@@ -83,13 +84,15 @@ class Run:
       self.meshes,
       assembly.weights,
     )
+    conditioning = assemble.embed(assembly, prompts)
+    self.flops = unit_flops(assembly, conditioning.text.shape[1])
     self.negative = assemble.negative_conditioning(assembly)
     self.program = Program(
       config,
       self.work,
       self.placement,
       self.reward,
-      assemble.embed(assembly, prompts),
+      conditioning,
       self.negative,
     )
     self.held_out_conditioning = assemble.embed(assembly, self.held_out)
@@ -215,6 +218,7 @@ class Run:
       "samples_per_second": work.samples / seconds,
       "busy_fraction": {n: accounting[n].busy / seconds for n in lanes},
       "idle_seconds": {n: accounting[n].idle for n in lanes},
+      **lane_throughput(spans, self.flops, self.meshes, seconds),
       "generated_by": _count(spans, Kind.GENERATE),
       "trained_by": _count(spans, Kind.TRAIN),
       "sync_seconds": sum(s.end - s.start for s in published),

@@ -1,4 +1,4 @@
-"""A run's policy as a diffusers pipeline directory.
+"""A run's policy for diffusers: its LoRA adapters, or a whole pipeline.
 
 python launch/export.py --run=runs/first --out=exported [--merge]
 """
@@ -14,21 +14,26 @@ from digen_jax.launching import run_main, start_devices
 
 _RUN = flags.DEFINE_string("run", None, "Directory of the run.")
 _OUT = flags.DEFINE_string("out", None, "Directory to write; new or empty.")
-_MERGE = flags.DEFINE_bool(
-  "merge", False, "Fold LoRA adapters into the weights they adapt."
+_FORMAT = flags.DEFINE_enum(
+  "format",
+  None,
+  ["lora", "pipeline"],
+  "Adapters as one file, or a whole pipeline with adapters folded in; default: "
+  "lora for a run that trained adapters.",
 )
+_MERGE = flags.DEFINE_bool("merge", False, "The same as --format=pipeline.")
 flags.mark_flags_as_required(["run", "out"])
 
 
 def main() -> None:
   start_devices(1)
   from digen_jax import jobs
+  from digen_jax.errors import UserError
 
-  jobs.export_run(_RUN.value, _OUT.value, _MERGE.value)
-  print(
-    f"wrote {_OUT.value}; in diffusers: "
-    f"DiffusionPipeline.from_pretrained({_OUT.value!r})"
-  )
+  if _MERGE.value and _FORMAT.value == "lora":
+    raise UserError("--merge writes a pipeline: drop it or --format=lora")
+  form = "pipeline" if _MERGE.value else _FORMAT.value
+  print(jobs.export_run(_RUN.value, _OUT.value, form))
 
 
 if __name__ == "__main__":

@@ -28,6 +28,9 @@ _REPEATS = flags.DEFINE_integer("samples_per_prompt", 1, "Pictures a prompt.")
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, "Classifier-free guidance; 1 is off."
 )
+_LORA = flags.DEFINE_string(
+  "lora", None, "LoRA file in diffusers' form, for a pipeline directory."
+)
 flags.mark_flags_as_required(["checkpoint", "prompts", "out"])
 
 
@@ -50,6 +53,7 @@ def main() -> None:
     },
     seed=_SEED.value,
     samples_per_prompt=_REPEATS.value,
+    lora=_LORA.value,
   )
   print(f"{count} pictures and grid.png in {_OUT.value}")
 

@@ -131,6 +131,7 @@ def test_tags_are_grouped():
   assert tags["reward/reward_mean"] == 0.5
   assert tags["lanes/busy_fraction/rollout"] == 0.75
   assert tags["time/step_seconds"] == 2.0
+  assert scalars({"mfu": {"a": 0.5}}) == {"lanes/mfu/a": 0.5}
   assert tags["policy/ratio_max_abs_log"] == 0.5
   assert "time/predicted_step_seconds" not in tags  # null
   assert not any(tag.endswith("/step") for tag in tags)

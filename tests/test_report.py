@@ -86,7 +86,7 @@ def workdir(tmp_path):
 class Page(HTMLParser):
   """Tags that balance, their attributes, and the text between them."""
 
-  VOID = ("meta", "img", "input")
+  VOID = ("meta", "img", "input", "br")
 
   def __init__(self, html):
     super().__init__()
@@ -201,6 +201,22 @@ def test_lanes_show_shares_and_bubbles(workdir):
   assert last.count("<title>idle") == 2  # rollout 2 s, trainer 0.5 s
   assert "<title>idle 2 s" in last and "<title>idle 0.5 s" in last
   assert "group 3 · unit 0:16 · version 11" in last
+
+
+def test_lanes_show_their_throughput_where_it_is_known(workdir):
+  assert "TFLOP/s" not in report(workdir).html
+  lines = [
+    json.dumps(
+      row
+      | {"tflops_per_second": {"rollout": 250.0 + k, "trainer": 0.5}}
+      | {"mfu": {"rollout": 0.25, "trainer": None}}
+    )
+    for k, row in enumerate(rows(3))
+  ]
+  (workdir / "metrics.jsonl").write_text("\n".join(lines))
+  html = report(workdir).html
+  assert "50% busy<br>251 TFLOP/s a device · MFU 25.0%" in html
+  assert "75% busy<br>0.5 TFLOP/s a device</small>" in html
 
 
 def test_without_a_timeline_the_metrics_tell_the_shares(workdir):

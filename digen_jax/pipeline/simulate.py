@@ -149,6 +149,7 @@ def unit_span(
     "step": unit.step,
     "group": unit.start // state.work.group_size,
     "unit": label,
+    "size": unit.size,
     "version": version_of(state, unit),
     "update": unit.update,
   }

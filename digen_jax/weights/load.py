@@ -143,20 +143,27 @@ def load_model(
     UserError: not such a directory, an unsupported class, or a checkpoint
       that does not match it (named tensor and file).
   """
+  model = load_abstract(path, dtype=dtype, remat=remat)
+  params = read_params(
+    module_directory(path, "transformer"),
+    model.params,
+    names.NAME_MAPS[model.family.class_name],
+    dtype=param_dtype or model.config.dtype,
+    shardings=_shardings(model, mesh, rules),
+  )
+  return dataclasses.replace(model, params=params)
+
+
+def load_abstract(
+  path: str | Path, *, dtype: DTypeLike | None = None, remat: str = "none"
+) -> Model:
+  """A denoiser as `load_model` loads it, with shapes instead of parameters."""
   directory = module_directory(path, "transformer")
   raw = read_json(directory / "config.json")
   family = find_family(raw.get("_class_name", ""))
   dtype = jnp.dtype(dtype or jnp.float32)
   config = family.parse_config(raw, dtype=dtype, remat=remat)
-  model = abstract_model(family, config)
-  params = read_params(
-    directory,
-    model.params,
-    names.NAME_MAPS[family.class_name],
-    dtype=param_dtype or dtype,
-    shardings=_shardings(model, mesh, rules),
-  )
-  return dataclasses.replace(model, params=params)
+  return abstract_model(family, config)
 
 
 def load_autoencoder(
@@ -248,7 +255,7 @@ def module_directory(path: str | Path, component: str) -> Path:
   return path
 
 
-def fingerprint(path: str | Path) -> str:
+def fingerprint(path: str | Path, lora: str | Path = "") -> str:
   """Hash that tells one checkpoint from another, wherever it lies.
 
   Of weight files it reads the size and a megabyte at either end: names and
@@ -257,18 +264,27 @@ def fingerprint(path: str | Path) -> str:
 
   Args:
     path: directory of a pipeline or a module.
+    lora: file or directory of adapters to start from; "" for none.
   """
   path, digest = Path(path), hashlib.sha256()
   files = [*path.glob("*"), *path.glob("*/*")]
   for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-      content = stream.read(SAMPLED_BYTES)
-      stream.seek(max(0, size - SAMPLED_BYTES))
-      content += stream.read()
-    name = file.relative_to(path).as_posix()
-    digest.update(f"{name} {size} ".encode() + content)
+    _digest(digest, file.relative_to(path).as_posix(), file)
+  if lora:
+    lora = Path(lora)
+    files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
+    for file in files:
+      _digest(digest, "lora", file)
   return digest.hexdigest()
+
+
+def _digest(digest: Any, name: str, file: Path) -> None:
+  size = file.stat().st_size
+  with open(file, "rb") as stream:
+    content = stream.read(SAMPLED_BYTES)
+    stream.seek(max(0, size - SAMPLED_BYTES))
+    content += stream.read()
+  digest.update(f"{name} {size} ".encode() + content)
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -14,7 +14,14 @@ import numpy as np
 
 # Axes of our kernels in the order of theirs: linear, 2-D and 3-D convolution.
 KERNEL_ORDERS = {2: (1, 0), 4: (3, 2, 0, 1), 5: (4, 3, 0, 1, 2)}
-LEAF_NAMES = {"kernel": "weight", "scale": "weight", "embedding": "weight"}
+LEAF_NAMES = {
+  "kernel": "weight",
+  "scale": "weight",
+  "embedding": "weight",
+  "lora_a": "lora_A.weight",
+  "lora_b": "lora_B.weight",
+}
+MATRICES = ("kernel", "lora_a", "lora_b")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +76,8 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
   """Every leaf of our tree with the names of its tensors.
 
   Args:
-    params: nested dict of arrays or `jax.ShapeDtypeStruct`s, without LoRA.
+    params: nested dict of arrays or `jax.ShapeDtypeStruct`s; any part of a
+      model's, adapters included.
     name_map: the names of its module class.
   """
   for path, leaf in _leaves(params, ()):
@@ -79,7 +87,7 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
     stacked = "{i}" in pattern
     count = leaf.shape[0] if stacked else 1
     ndim = len(leaf.shape) - stacked
-    order = KERNEL_ORDERS[ndim] if kind == "kernel" else tuple(range(ndim))
+    order = KERNEL_ORDERS[ndim] if kind in MATRICES else tuple(range(ndim))
     names = tuple(pattern.replace("{i}", str(i)) for i in range(count))
     yield Entry(path, tuple(leaf.shape), names, stacked, order)
 

@@ -31,6 +31,7 @@ DTYPES = {
   "BOOL": np.dtype(np.bool_),
 }
 MAX_HEADER = 100_000_000
+METADATA = "__metadata__"
 STEMS = ("diffusion_pytorch_model", "model")
 
 
@@ -106,6 +107,21 @@ def find_files(directory: Path) -> list[Path]:
 
 def read_header(file: Path) -> dict[str, Tensor]:
   """The tensors of one file; UserError if it is damaged."""
+  entries, start, size = _read_json(file)
+  entries.pop(METADATA, None)
+  return {
+    name: _tensor(name, file, entry, start, size)
+    for name, entry in entries.items()
+  }
+
+
+def read_metadata(file: Path) -> dict[str, str]:
+  """What a file says about itself; UserError if it is damaged."""
+  return _read_json(file)[0].get(METADATA) or {}
+
+
+def _read_json(file: Path) -> tuple[dict[str, Any], int, int]:
+  """The header, where the data begin, and the size of the file."""
   size = file.stat().st_size
   with open(file, "rb") as stream:
     length = int.from_bytes(stream.read(8), "little")
@@ -117,15 +133,13 @@ def read_header(file: Path) -> dict[str, Tensor]:
     header = stream.read(length)
   try:
     entries = json.loads(header)
-    entries.pop("__metadata__", None)
-  except (UnicodeDecodeError, json.JSONDecodeError, AttributeError) as error:
+    if not isinstance(entries, dict):
+      raise ValueError("no JSON object")
+  except ValueError as error:
     raise UserError(
       f"{file} has an unreadable safetensors header ({error}); copy it again"
     ) from error
-  return {
-    name: _tensor(name, file, entry, 8 + length, size)
-    for name, entry in entries.items()
-  }
+  return entries, 8 + length, size
 
 
 def _sharded_files(index: Path) -> list[Path]:
