@@ -6,10 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import (
+  AutoencoderKL,
+  FluxTransformer2DModel,
+  QwenImageTransformer2DModel,
+  SD3Transformer2DModel,
+)
 
 from digen_jax import models
 from digen_jax.models import flux as flux_lib
+from digen_jax.models import qwen_image as qwen_image_lib
+from digen_jax.models import sd3 as sd3_lib
 from digen_jax.types import Conditioning
 
 FLUX = dict(
@@ -22,6 +29,29 @@ FLUX = dict(
   pooled_projection_dim=12,
   guidance_embeds=True,
   axes_dims_rope=(4, 10, 10),
+)
+QWEN_IMAGE = dict(
+  in_channels=16,
+  out_channels=4,
+  num_layers=2,
+  attention_head_dim=24,
+  num_attention_heads=2,
+  joint_attention_dim=20,
+  axes_dims_rope=(4, 10, 10),
+)
+SD3 = dict(
+  sample_size=16,
+  in_channels=4,
+  out_channels=4,
+  num_layers=3,
+  attention_head_dim=24,
+  num_attention_heads=2,
+  joint_attention_dim=20,
+  caption_projection_dim=48,
+  pooled_projection_dim=12,
+  pos_embed_max_size=9,
+  dual_attention_layers=(0,),
+  qk_norm="rms_norm",
 )
 VAE = dict(
   block_out_channels=(8, 16),
@@ -38,10 +68,12 @@ VAE = dict(
 )
 
 CONFIG = flux_lib.FluxConfig(**FLUX)
+QWEN_IMAGE_CONFIG = qwen_image_lib.QwenImageConfig(**QWEN_IMAGE)
+SD3_CONFIG = sd3_lib.SD3Config(**SD3)
 
 
 def randomise(module, seed):
-  """Random values for every parameter: no scale stays 1, no bias 0."""
+  """Random values for every parameter and table: no scale stays 1, no bias 0."""
   generator = torch.Generator().manual_seed(seed)
   for name, parameter in module.named_parameters():
     noise = torch.randn(parameter.shape, generator=generator)
@@ -52,11 +84,21 @@ def randomise(module, seed):
     else:
       value = 0.15 * noise
     parameter.data = value
+  for buffer in module.buffers():
+    buffer.copy_(0.4 * torch.randn(buffer.shape, generator=generator))
   return module.eval().requires_grad_(False)
 
 
 def flux(seed=0, **overrides):
   return randomise(FluxTransformer2DModel(**FLUX | overrides), seed)
+
+
+def qwen_image(seed=0, **overrides):
+  return randomise(QwenImageTransformer2DModel(**QWEN_IMAGE | overrides), seed)
+
+
+def sd3(seed=0, **overrides):
+  return randomise(SD3Transformer2DModel(**SD3 | overrides), seed)
 
 
 def autoencoder(seed=0, **overrides):
@@ -94,10 +136,12 @@ def run_flux(module, inputs):
   return module(**inputs).sample.numpy()
 
 
-def random_model(seed=0, **overrides):
+def random_model(seed=0, base=CONFIG, **overrides):
   """A model with every parameter random; a fresh one outputs zero."""
-  config = dataclasses.replace(CONFIG, **overrides)
-  family = models.find_family("FluxTransformer2DModel")
+  config = dataclasses.replace(base, **overrides)
+  family = next(
+    f for f in models.FAMILIES.values() if isinstance(config, f.config)
+  )
   model = models.abstract_model(family, config)
   rng = np.random.default_rng(seed)
 

@@ -25,6 +25,9 @@ from jax.typing import DTypeLike
 Params = dict[str, Any]
 Axes = tuple[str | None, ...]
 
+# Leaves that are data, not weights: loaded, saved, sharded, but never trained.
+CONSTANTS = ("pos_embed",)
+
 xavier = nnx.initializers.xavier_uniform()
 zeros = nnx.initializers.zeros_init()
 
@@ -236,7 +239,9 @@ class EmbeddingMLP(nnx.Module):
     return self.linear_2(jax.nn.silu(self.linear_1(x)))
 
 
-def timestep_embedding(t: jax.Array, dim: int = 256) -> jax.Array:
+def timestep_embedding(
+  t: jax.Array, dim: int = 256, scale: float = 1.0
+) -> jax.Array:
   """Sinusoidal embedding, cosines first, longest period 10000.
 
   The frequency table is a constant: float32 exponents, exponentiated in
@@ -244,8 +249,10 @@ def timestep_embedding(t: jax.Array, dim: int = 256) -> jax.Array:
   frequency is 1e-3 rad, so how the table is rounded can be seen in outputs.
 
   Args:
-    t: [B] float32 timesteps, in [0, 1000] (or a guidance scale x 1000).
+    t: [B] float32 timesteps; t x scale is in [0, 1000] (or a guidance scale
+      x 1000).
     dim: even size of the embedding.
+    scale: of the angles, applied last.
 
   Returns:
     [B, dim] float32.
@@ -254,31 +261,37 @@ def timestep_embedding(t: jax.Array, dim: int = 256) -> jax.Array:
   exponent = np.float32(-math.log(10000)) * np.arange(half, dtype=np.float32)
   exponent = exponent / np.float32(half)
   table = np.exp(exponent.astype(np.float64)).astype(np.float32)
-  angles = t.astype(jnp.float32)[:, None] * table[None]
+  angles = scale * (t.astype(jnp.float32)[:, None] * table[None])
   return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 
 def rope_table(
-  ids: np.ndarray, axes_dims: tuple[int, ...], theta: float = 10000.0
+  ids: np.ndarray,
+  axes_dims: tuple[int, ...],
+  theta: float = 10000.0,
+  dtype: DTypeLike = np.float64,
 ) -> np.ndarray:
-  """Rotation angles' cosines and sines, computed in float64.
+  """Rotation angles' cosines and sines.
 
   Args:
     ids: [S, A] position of each token along each axis.
     axes_dims: A even sizes; how much of the head each axis rotates.
     theta: longest period over 2 pi.
+    dtype: that the angles are rounded to. At position 1000 float32 is 3e-5
+      rad off, so it has to be that of the model's authors.
 
   Returns:
     [2, S, sum(axes_dims) / 2] float32: cosines, sines.
 
   Source: Su et al. 2021 (RoFormer), eq. 15; one block per axis.
   """
-  ids = np.asarray(ids, np.float64)
-  angles = [
-    ids[:, axis, None] * theta ** -(np.arange(0, dim, 2) / dim)
-    for axis, dim in enumerate(axes_dims)
-  ]
-  angles = np.concatenate(angles, axis=-1)
+  ids, one = np.asarray(ids, dtype), np.ones((), dtype)
+  angles = []
+  for axis, dim in enumerate(axes_dims):
+    exponent = np.arange(0, dim, 2, dtype=dtype) / (one * dim)
+    period = np.power(theta, exponent, dtype=np.float64).astype(dtype)
+    angles.append(ids[:, axis, None] * (one / period))
+  angles = np.concatenate(angles, axis=-1).astype(np.float64)
   return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 

@@ -7,7 +7,7 @@ that an adapted model starts out equal to its base (Hu et al. 2021, section
 
 import dataclasses
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,34 +120,35 @@ def split_trainable(params: Params, mode: str) -> tuple[Params, Params]:
 
   Args:
     params: of a model.
-    mode: "full", everything is trained; "lora", the adapters are.
+    mode: "full", everything but `layers.CONSTANTS` is trained; "lora", the
+      adapters are.
 
   Raises:
     UserError: an unknown mode, or "lora" without any adapter.
   """
   if mode == "full":
-    return params, {}
+    return _partition(params, lambda key: key not in layers.CONSTANTS)
   if mode != "lora":
     raise UserError(f"training mode is {mode!r}; one of 'full', 'lora'")
-  trainable, frozen = _partition(params)
+  trainable, frozen = _partition(params, lambda key: key in LEAVES)
   if not trainable:
     raise UserError("these parameters have no LoRA adapters; see lora.adapt")
   return trainable, frozen
 
 
-def _partition(params: Params) -> tuple[Params, Params]:
-  adapters: Params = {}
-  rest: Params = {}
+def _partition(
+  params: Params, chosen: Callable[[str], bool]
+) -> tuple[Params, Params]:
+  """The leaves with a chosen key, and the others."""
+  parts: tuple[Params, Params] = {}, {}
   for key, value in params.items():
     if isinstance(value, dict):
-      inner_adapters, inner_rest = _partition(value)
-      if inner_adapters:
-        adapters[key] = inner_adapters
-      if inner_rest:
-        rest[key] = inner_rest
+      for part, inner in zip(parts, _partition(value, chosen)):
+        if inner:
+          part[key] = inner
     else:
-      (adapters if key in LEAVES else rest)[key] = value
-  return adapters, rest
+      parts[not chosen(key)][key] = value
+  return parts
 
 
 def _add(linear: Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:

@@ -1,7 +1,7 @@
 """How our parameter trees and diffusers' state dicts name the same weights.
 
 A map is a table of renames of whole path segments, from ours to theirs, in
-which `{i}` stands for the layer of a stacked block. Loading and exporting
+which `{i}` stands for the number of a stacked block. Loading and exporting
 walk our tree with the same table, so they cannot disagree.
 """
 
@@ -32,11 +32,14 @@ class NameMap:
     renames: our path segments -> theirs, longest first wins.
     aliases: their current segments -> those of older checkpoints.
     ignored: regular expressions of tensors without meaning for us.
+    chain: our stacks that share one numbering of theirs, in its order; a
+      stack that a model lacks is passed over.
   """
 
   renames: Mapping[str, str]
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
+  chain: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +83,7 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
       model's, adapters included.
     name_map: the names of its module class.
   """
+  first = _first_numbers(params, name_map.chain)
   for path, leaf in _leaves(params, ()):
     *module, kind = map(str, path)
     pattern = _rename(".".join(module), name_map.renames)
@@ -88,13 +92,27 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
     count = leaf.shape[0] if stacked else 1
     ndim = len(leaf.shape) - stacked
     order = KERNEL_ORDERS[ndim] if kind in MATRICES else tuple(range(ndim))
-    names = tuple(pattern.replace("{i}", str(i)) for i in range(count))
+    start = first.get(path[0], 0)
+    names = tuple(pattern.replace("{i}", str(start + i)) for i in range(count))
     yield Entry(path, tuple(leaf.shape), names, stacked, order)
 
 
 def old_name(name: str, name_map: NameMap) -> str:
   """What older checkpoints call their tensor `name`."""
   return _rename(name, name_map.aliases)
+
+
+def _first_numbers(
+  params: Mapping[str, Any], chain: tuple[str, ...]
+) -> dict[str, int]:
+  """The number of the first layer of every stack of a chain."""
+  first, total = {}, 0
+  for name in chain:
+    if name in params:
+      first[name] = total
+      _, leaf = next(_leaves(params[name], ()))
+      total += leaf.shape[0]
+  return first
 
 
 def _leaves(node: Any, path: tuple) -> Iterator[tuple[tuple, Any]]:
@@ -129,6 +147,37 @@ FLUX = NameMap(
   }
 )
 
+QWEN_IMAGE = NameMap(
+  renames={
+    "time_embedder": "time_text_embed.timestep_embedder",
+    "blocks": "transformer_blocks.{i}",
+    "norm1.linear": "img_mod.1",
+    "norm1_context.linear": "txt_mod.1",
+    "to_out": "to_out.0",
+    "ff.linear_1": "img_mlp.net.0.proj",
+    "ff.linear_2": "img_mlp.net.2",
+    "ff_context.linear_1": "txt_mlp.net.0.proj",
+    "ff_context.linear_2": "txt_mlp.net.2",
+  }
+)
+
+SD3 = NameMap(
+  renames={
+    "patch_embed": "pos_embed",
+    "time_embedder": "time_text_embed.timestep_embedder",
+    "pooled_embedder": "time_text_embed.text_embedder",
+    "dual_blocks": "transformer_blocks.{i}",
+    "blocks": "transformer_blocks.{i}",
+    "last_block": "transformer_blocks.{i}",
+    "to_out": "to_out.0",
+    "ff.linear_1": "ff.net.0.proj",
+    "ff.linear_2": "ff.net.2",
+    "ff_context.linear_1": "ff_context.net.0.proj",
+    "ff_context.linear_2": "ff_context.net.2",
+  },
+  chain=("dual_blocks", "blocks", "last_block"),
+)
+
 AUTOENCODER_KL = NameMap(
   renames={
     "attention": "attentions.0",
@@ -146,5 +195,7 @@ AUTOENCODER_KL = NameMap(
 
 NAME_MAPS = {
   "FluxTransformer2DModel": FLUX,
+  "QwenImageTransformer2DModel": QWEN_IMAGE,
+  "SD3Transformer2DModel": SD3,
   "AutoencoderKL": AUTOENCODER_KL,
 }

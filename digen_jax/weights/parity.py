@@ -140,6 +140,48 @@ def _run_flux(
   return [("sample", run(model.params, *arguments, **guidance))]
 
 
+def _run_qwen_image(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> list[tuple[str, jax.Array]]:
+  del outputs  # a denoiser has the one
+  model = load.load_model(directory)
+  img_shape = tuple(map(int, _get(inputs, "img_shape", directory)))
+  mask = inputs.get("encoder_hidden_states_mask")
+
+  @jax.jit
+  def run(params: Params, *args: jax.Array | None) -> jax.Array:
+    return nnx.merge(model.graphdef, params)(*args, img_shape)
+
+  sample = run(
+    model.params,
+    _get(inputs, "hidden_states", directory),
+    _get(inputs, "encoder_hidden_states", directory),
+    None if mask is None else mask.astype(bool),
+    _get(inputs, "timestep", directory),
+  )
+  return [("sample", sample)]
+
+
+def _run_sd3(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> list[tuple[str, jax.Array]]:
+  del outputs  # a denoiser has the one
+  model = load.load_model(directory)
+
+  @jax.jit
+  def run(params: Params, *args: jax.Array) -> jax.Array:
+    return nnx.merge(model.graphdef, params)(*args)
+
+  sample = run(
+    model.params,
+    _get(inputs, "hidden_states", directory).transpose(0, 2, 3, 1),
+    _get(inputs, "encoder_hidden_states", directory),
+    _get(inputs, "pooled_projections", directory),
+    _get(inputs, "timestep", directory),
+  )
+  return [("sample", sample.transpose(0, 3, 1, 2))]
+
+
 def _run_autoencoder(
   directory: Path, inputs: Arrays, outputs: Arrays
 ) -> list[tuple[str, jax.Array]]:
@@ -187,6 +229,8 @@ def _decode(
 # Reference class -> run(directory, inputs, outputs) -> (output, ours) pairs.
 RUNNERS = {
   "FluxTransformer2DModel": _run_flux,
+  "QwenImageTransformer2DModel": _run_qwen_image,
+  "SD3Transformer2DModel": _run_sd3,
   "AutoencoderKL": _run_autoencoder,
 }
 
