@@ -12,7 +12,7 @@ from flax import nnx
 
 from digen_jax.errors import UserError
 from digen_jax.models import config as config_lib
-from digen_jax.models import flux, layers
+from digen_jax.models import flux, hunyuan_video, layers, wan
 from digen_jax.models.layers import Params
 
 
@@ -26,6 +26,8 @@ class Family:
     config: record type of the sizes.
     module: `module(config, rngs=...)`, the definition.
     apply: `apply(graphdef, params, latents, sigma, conditioning)`.
+    fixed: keys of `config.json` of which one value is supported.
+    ignored: keys of `config.json` without influence on the computation.
   """
 
   class_name: str
@@ -33,11 +35,18 @@ class Family:
   config: type
   module: Callable[..., nnx.Module]
   apply: Callable[..., jax.Array]
+  fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  ignored: tuple[str, ...] = ()
 
   def parse_config(self, raw: Mapping[str, Any], **compute: Any) -> Any:
     """`config.json` content -> config record; raises UserError."""
     return config_lib.from_dict(
-      self.config, raw, class_name=self.class_name, **compute
+      self.config,
+      raw,
+      class_name=self.class_name,
+      fixed=self.fixed,
+      ignored=self.ignored,
+      **compute,
     )
 
   def config_dict(self, config: Any) -> dict[str, Any]:
@@ -54,6 +63,22 @@ FAMILIES = {
       flux.FluxConfig,
       flux.FluxTransformer,
       flux.flux_apply,
+    ),
+    Family(
+      "WanTransformer3DModel",
+      "WanPipeline",
+      wan.WanConfig,
+      wan.WanTransformer,
+      wan.wan_apply,
+      fixed=wan.FIXED,
+    ),
+    Family(
+      "HunyuanVideoTransformer3DModel",
+      "HunyuanVideoPipeline",
+      hunyuan_video.HunyuanVideoConfig,
+      hunyuan_video.HunyuanVideoTransformer,
+      hunyuan_video.hunyuan_video_apply,
+      fixed=hunyuan_video.FIXED,
     ),
   )
 }

@@ -117,9 +117,13 @@ class JointAttention(nnx.Module):
     self.dtype = config.dtype
 
   def __call__(
-    self, image: jax.Array, text: jax.Array, rope: np.ndarray
+    self,
+    image: jax.Array,
+    text: jax.Array,
+    rope: np.ndarray,
+    mask: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """image [B, S, d], text [B, T, d], rope [2, T+S, D/2] -> image, text."""
+    """Image [B, S, d], text [B, T, d] -> image, text; see `DoubleBlock`."""
     query = jnp.concatenate(
       [
         self.norm_added_q(split_heads(self.add_q_proj(text), self.head_dim)),
@@ -141,7 +145,7 @@ class JointAttention(nnx.Module):
       ],
       axis=1,
     )
-    out = rotated_attention(query, key, value, rope, self.dtype)
+    out = rotated_attention(query, key, value, rope, self.dtype, mask)
     text_len = text.shape[1]
     return self.to_out(out[:, text_len:]), self.to_add_out(out[:, :text_len])
 
@@ -160,12 +164,14 @@ class SelfAttention(nnx.Module):
     self.head_dim = head_dim
     self.dtype = config.dtype
 
-  def __call__(self, x: jax.Array, rope: np.ndarray) -> jax.Array:
-    """x [B, S, d], rope [2, S, D/2] -> [B, S, d]."""
+  def __call__(
+    self, x: jax.Array, rope: np.ndarray, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """x [B, S, d], rope [2, S, D/2], mask [B, S] bool -> [B, S, d]."""
     query = self.norm_q(split_heads(self.to_q(x), self.head_dim))
     key = self.norm_k(split_heads(self.to_k(x), self.head_dim))
     value = split_heads(self.to_v(x), self.head_dim)
-    return rotated_attention(query, key, value, rope, self.dtype)
+    return rotated_attention(query, key, value, rope, self.dtype, mask)
 
 
 def rotated_attention(
@@ -174,11 +180,12 @@ def rotated_attention(
   value: jax.Array,
   rope: np.ndarray,
   dtype: DTypeLike,
+  mask: jax.Array | None = None,
 ) -> jax.Array:
   """Attention with rotated queries and keys, heads joined: [B, S, H D]."""
   query = round_to(layers.apply_rope(query, rope), dtype)
   key = round_to(layers.apply_rope(key, rope), dtype)
-  out = attention(query, key, value)
+  out = attention(query, key, value, mask)
   return out.reshape(*out.shape[:2], -1)
 
 
@@ -200,8 +207,20 @@ class DoubleBlock(nnx.Module):
     text: jax.Array,
     embedding: jax.Array,
     rope: np.ndarray,
+    mask: jax.Array | None = None,
   ) -> tuple[jax.Array, jax.Array]:
-    """image [B, S, d], text [B, T, d], embedding [B, d] -> image, text."""
+    """One block.
+
+    Args:
+      image: [B, S, d] compute dtype.
+      text: [B, T, d] compute dtype.
+      embedding: [B, d] float32, what modulates.
+      rope: [2, T+S, D/2] rotations of text, then image.
+      mask: [B, T+S] bool, False where a token is padding; None is all True.
+
+    Returns:
+      image, text, as they came.
+    """
     modulate, gated = layers.modulate, layers.gated
     shift, scale, gate, shift_ff, scale_ff, gate_ff = self.norm1(embedding)
     (
@@ -217,6 +236,7 @@ class DoubleBlock(nnx.Module):
       modulate(image, shift, scale),
       modulate(text, text_shift, text_scale),
       rope,
+      mask,
     )
     image = gated(image, gate, image_out)
     text = gated(text, text_gate, text_out)
@@ -240,13 +260,17 @@ class SingleBlock(nnx.Module):
     self.proj_out = Linear(dim + hidden, dim, axes=("mlp", "embed"), **kwargs)
 
   def __call__(
-    self, x: jax.Array, embedding: jax.Array, rope: np.ndarray
+    self,
+    x: jax.Array,
+    embedding: jax.Array,
+    rope: np.ndarray,
+    mask: jax.Array | None = None,
   ) -> jax.Array:
-    """x [B, T+S, d], embedding [B, d] -> [B, T+S, d]."""
+    """x [B, T+S, d] -> [B, T+S, d]; the rest as for `DoubleBlock`."""
     shift, scale, gate = self.norm(embedding)
     normed = round_to(layers.modulate(x, shift, scale), x.dtype)
     mlp = layers.gelu_tanh(self.proj_mlp(normed))
-    out = jnp.concatenate([self.attn(normed, rope), mlp], axis=-1)
+    out = jnp.concatenate([self.attn(normed, rope, mask), mlp], axis=-1)
     return layers.gated(x, gate, self.proj_out(out))
 
 

@@ -148,6 +148,26 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return centred * jax.lax.rsqrt(variance + eps)
 
 
+class LayerNorm(nnx.Module):
+  """LayerNorm over the last axis with scale and bias, in float32.
+
+  Attributes:
+    scale: [dim].
+    bias: [dim].
+  """
+
+  def __init__(self, dim: int, *, eps: float = 1e-6):
+    self.scale = nnx.Param(jnp.ones(dim), logical_axes=(None,))
+    self.bias = nnx.Param(jnp.zeros(dim), logical_axes=(None,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x: [B, S, dim] any float dtype -> [B, S, dim] float32."""
+    scale = self.scale[...].astype(jnp.float32)
+    bias = self.bias[...].astype(jnp.float32)
+    return layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """AdaLN: `layer_norm(x) * (1 + scale) + shift`, float32.
 
@@ -193,11 +213,28 @@ class Modulation(nnx.Module):
     return jnp.split(self.linear(jax.nn.silu(embedding)), self.count, axis=-1)
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+  """Tanh-approximated GELU, computed in float32, in x's dtype."""
+  y = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+  return round_to(y, x.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+  """SiLU, computed in float32, in x's dtype."""
+  return round_to(jax.nn.silu(x.astype(jnp.float32)), x.dtype)
+
+
 class FeedForward(nnx.Module):
-  """Linear, tanh-approximated GELU, linear."""
+  """Linear, activation (tanh-approximated GELU if not given), linear."""
 
   def __init__(
-    self, dim: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    self,
+    dim: int,
+    hidden: int,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = gelu_tanh,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.linear_1 = Linear(
       dim, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs
@@ -205,16 +242,11 @@ class FeedForward(nnx.Module):
     self.linear_2 = Linear(
       hidden, dim, axes=("mlp", "embed"), dtype=dtype, rngs=rngs
     )
+    self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [..., dim] -> [..., dim] compute dtype."""
-    return self.linear_2(gelu_tanh(self.linear_1(x)))
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-  """Tanh-approximated GELU, computed in float32, in x's dtype."""
-  y = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
-  return round_to(y, x.dtype)
+    return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class EmbeddingMLP(nnx.Module):
@@ -259,26 +291,32 @@ def timestep_embedding(t: jax.Array, dim: int = 256) -> jax.Array:
 
 
 def rope_table(
-  ids: np.ndarray, axes_dims: tuple[int, ...], theta: float = 10000.0
+  ids: np.ndarray,
+  axes_dims: tuple[int, ...],
+  theta: float = 10000.0,
+  dtype: DTypeLike = np.float64,
 ) -> np.ndarray:
-  """Rotation angles' cosines and sines, computed in float64.
+  """Rotation angles' cosines and sines.
 
   Args:
     ids: [S, A] position of each token along each axis.
     axes_dims: A even sizes; how much of the head each axis rotates.
     theta: longest period over 2 pi.
+    dtype: that the angles are rounded to. At position 1000 float32 is 3e-5
+      rad off, so it has to be that of the model's authors.
 
   Returns:
     [2, S, sum(axes_dims) / 2] float32: cosines, sines.
 
   Source: Su et al. 2021 (RoFormer), eq. 15; one block per axis.
   """
-  ids = np.asarray(ids, np.float64)
-  angles = [
-    ids[:, axis, None] * theta ** -(np.arange(0, dim, 2) / dim)
-    for axis, dim in enumerate(axes_dims)
-  ]
-  angles = np.concatenate(angles, axis=-1)
+  ids, one = np.asarray(ids, dtype), np.ones((), dtype)
+  angles = []
+  for axis, dim in enumerate(axes_dims):
+    exponent = np.arange(0, dim, 2, dtype=dtype) / (one * dim)
+    period = np.power(theta, exponent, dtype=np.float64).astype(dtype)
+    angles.append(ids[:, axis, None] * (one / period))
+  angles = np.concatenate(angles, axis=-1).astype(np.float64)
   return np.stack([np.cos(angles), np.sin(angles)]).astype(np.float32)
 
 
