@@ -15,6 +15,7 @@ from digen_jax.evaluation import Evaluated, evaluate, select
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_optimizer, make_schedule
 from digen_jax.parallel.mesh import make_meshes
+from digen_jax.parallel.rules import check_heads
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import UnitError, run_step
 from digen_jax.pipeline.scheduler import Lane, start_step
@@ -71,6 +72,10 @@ class Run:
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
     assembly = assemble.assemble(config)
+    model = assembly.model
+    for mesh in self.meshes.values():
+      heads = model.config.num_attention_heads
+      check_heads(mesh, heads, model.family.class_name)
     self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(

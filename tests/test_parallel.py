@@ -96,6 +96,14 @@ def test_tensor_axis_must_divide():
     spec(("embed", "mlp"), (8, 10), rules.ROLLOUT, tensor=4)
 
 
+def test_tensor_axis_must_not_cut_heads():
+  mesh = make_mesh({"tensor": 8}, jax.devices())
+  rules.check_heads(mesh, 24, "FLUX")
+  # 12 heads of 128 features: 8 divides the features, not the heads.
+  with pytest.raises(UserError, match=r"8, .* 12 attention heads.* axis of 4"):
+    rules.check_heads(mesh, 12, "Wan")
+
+
 def tree():
   key = jax.random.key(0)
   return {

@@ -236,8 +236,8 @@ def test_pipeline_config(pipeline):
   (pipeline / "vae" / FILE).unlink()
   with pytest.raises(UserError, match=rf"lacks vae/{FILE}"):
     load.load_pipeline_config(pipeline, parts)
-  (pipeline / "model_index.json").write_text('{"_class_name": "WanPipeline"}')
-  with pytest.raises(UserError, match="WanPipeline"):
+  (pipeline / "model_index.json").write_text('{"_class_name": "NoPipeline"}')
+  with pytest.raises(UserError, match="NoPipeline"):
     load.load_pipeline_config(pipeline, parts)
   (pipeline / "model_index.json").unlink()
   with pytest.raises(UserError, match="has no model_index"):

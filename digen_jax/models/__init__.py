@@ -12,7 +12,7 @@ from flax import nnx
 
 from digen_jax.errors import UserError
 from digen_jax.models import config as config_lib
-from digen_jax.models import flux, layers, qwen_image, sd3
+from digen_jax.models import flux, hunyuan_video, layers, qwen_image, sd3, wan
 from digen_jax.models.layers import Params
 
 
@@ -79,6 +79,22 @@ FAMILIES = {
       sd3.SD3Config,
       sd3.SD3Transformer,
       sd3.sd3_apply,
+    ),
+    Family(
+      "WanTransformer3DModel",
+      "WanPipeline",
+      wan.WanConfig,
+      wan.WanTransformer,
+      wan.wan_apply,
+      fixed=wan.FIXED,
+    ),
+    Family(
+      "HunyuanVideoTransformer3DModel",
+      "HunyuanVideoPipeline",
+      hunyuan_video.HunyuanVideoConfig,
+      hunyuan_video.HunyuanVideoTransformer,
+      hunyuan_video.hunyuan_video_apply,
+      fixed=hunyuan_video.FIXED,
     ),
   )
 }

@@ -164,12 +164,14 @@ class SelfAttention(nnx.Module):
     self.head_dim = head_dim
     self.dtype = config.dtype
 
-  def __call__(self, x: jax.Array, rope: np.ndarray) -> jax.Array:
-    """x [B, S, d], rope [2, S, D/2] -> [B, S, d]."""
+  def __call__(
+    self, x: jax.Array, rope: np.ndarray, mask: jax.Array | None = None
+  ) -> jax.Array:
+    """x [B, S, d], rope [2, S, D/2], mask [B, S] bool -> [B, S, d]."""
     query = self.norm_q(split_heads(self.to_q(x), self.head_dim))
     key = self.norm_k(split_heads(self.to_k(x), self.head_dim))
     value = split_heads(self.to_v(x), self.head_dim)
-    return rotated_attention(query, key, value, rope, self.dtype)
+    return rotated_attention(query, key, value, rope, self.dtype, mask)
 
 
 def rotated_attention(
@@ -258,13 +260,17 @@ class SingleBlock(nnx.Module):
     self.proj_out = Linear(dim + hidden, dim, axes=("mlp", "embed"), **kwargs)
 
   def __call__(
-    self, x: jax.Array, embedding: jax.Array, rope: np.ndarray
+    self,
+    x: jax.Array,
+    embedding: jax.Array,
+    rope: np.ndarray,
+    mask: jax.Array | None = None,
   ) -> jax.Array:
-    """x [B, T+S, d], embedding [B, d] -> [B, T+S, d]."""
+    """x [B, T+S, d] -> [B, T+S, d]; the rest as for `DoubleBlock`."""
     shift, scale, gate = self.norm(embedding)
     normed = round_to(layers.modulate(x, shift, scale), x.dtype)
     mlp = layers.gelu_tanh(self.proj_mlp(normed))
-    out = jnp.concatenate([self.attn(normed, rope), mlp], axis=-1)
+    out = jnp.concatenate([self.attn(normed, rope, mask), mlp], axis=-1)
     return layers.gated(x, gate, self.proj_out(out))
 
 

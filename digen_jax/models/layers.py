@@ -151,6 +151,26 @@ def layer_norm(x: jax.Array, eps: float = 1e-6) -> jax.Array:
   return centred * jax.lax.rsqrt(variance + eps)
 
 
+class LayerNorm(nnx.Module):
+  """LayerNorm over the last axis with scale and bias, in float32.
+
+  Attributes:
+    scale: [dim].
+    bias: [dim].
+  """
+
+  def __init__(self, dim: int, *, eps: float = 1e-6):
+    self.scale = nnx.Param(jnp.ones(dim), logical_axes=(None,))
+    self.bias = nnx.Param(jnp.zeros(dim), logical_axes=(None,))
+    self.eps = eps
+
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """x: [B, S, dim] any float dtype -> [B, S, dim] float32."""
+    scale = self.scale[...].astype(jnp.float32)
+    bias = self.bias[...].astype(jnp.float32)
+    return layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
+
+
 def modulate(x: jax.Array, shift: jax.Array, scale: jax.Array) -> jax.Array:
   """AdaLN: `layer_norm(x) * (1 + scale) + shift`, float32.
 
@@ -196,11 +216,28 @@ class Modulation(nnx.Module):
     return jnp.split(self.linear(jax.nn.silu(embedding)), self.count, axis=-1)
 
 
+def gelu_tanh(x: jax.Array) -> jax.Array:
+  """Tanh-approximated GELU, computed in float32, in x's dtype."""
+  y = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
+  return round_to(y, x.dtype)
+
+
+def silu(x: jax.Array) -> jax.Array:
+  """SiLU, computed in float32, in x's dtype."""
+  return round_to(jax.nn.silu(x.astype(jnp.float32)), x.dtype)
+
+
 class FeedForward(nnx.Module):
-  """Linear, tanh-approximated GELU, linear."""
+  """Linear, activation (tanh-approximated GELU if not given), linear."""
 
   def __init__(
-    self, dim: int, hidden: int, *, dtype: DTypeLike, rngs: nnx.Rngs
+    self,
+    dim: int,
+    hidden: int,
+    *,
+    activation: Callable[[jax.Array], jax.Array] = gelu_tanh,
+    dtype: DTypeLike,
+    rngs: nnx.Rngs,
   ):
     self.linear_1 = Linear(
       dim, hidden, axes=("embed", "mlp"), dtype=dtype, rngs=rngs
@@ -208,16 +245,11 @@ class FeedForward(nnx.Module):
     self.linear_2 = Linear(
       hidden, dim, axes=("mlp", "embed"), dtype=dtype, rngs=rngs
     )
+    self.activation = activation
 
   def __call__(self, x: jax.Array) -> jax.Array:
     """x: [..., dim] -> [..., dim] compute dtype."""
-    return self.linear_2(gelu_tanh(self.linear_1(x)))
-
-
-def gelu_tanh(x: jax.Array) -> jax.Array:
-  """Tanh-approximated GELU, computed in float32, in x's dtype."""
-  y = jax.nn.gelu(x.astype(jnp.float32), approximate=True)
-  return round_to(y, x.dtype)
+    return self.linear_2(self.activation(self.linear_1(x)))
 
 
 class EmbeddingMLP(nnx.Module):

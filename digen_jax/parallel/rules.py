@@ -5,6 +5,7 @@ says which mesh axis may split which of them. Generation and training have a
 table each: the same model, two layouts.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,27 @@ def param_shardings(
     shapes,
     logical_axes,
   )
+
+
+def check_heads(mesh: Mesh, heads: int, name: str) -> None:
+  """Raises UserError if the `tensor` axis would cut an attention head in two.
+
+  The "heads" dimension of a parameter counts features; an axis that divides
+  those need not divide the heads, and then every attention would move them.
+
+  Args:
+    mesh: where the model will be.
+    heads: how many it has.
+    name: of the model.
+  """
+  size = mesh.shape["tensor"]
+  if heads % size:
+    raise UserError(
+      f"the tensor axis of the mesh, {size}, does not divide the {heads} "
+      f"attention heads of {name}: give config.mesh a tensor axis of "
+      f"{math.gcd(heads, mesh.size)}, the largest that divides both them and "
+      f"the {mesh.size} devices, and the rest to data or fsdp"
+    )
 
 
 def _spec(

@@ -140,8 +140,9 @@ def load_model(
       `ROLLOUT`.
 
   Raises:
-    UserError: not such a directory, an unsupported class, or a checkpoint
-      that does not match it (named tensor and file).
+    UserError: not such a directory, an unsupported class, a checkpoint that
+      does not match it (named tensor and file), or a mesh that would cut
+      attention heads.
   """
   model = load_abstract(path, dtype=dtype, remat=remat)
   params = read_params(
@@ -387,6 +388,9 @@ def _shardings(
     return None
   from digen_jax.parallel import rules as rules_lib
 
+  if isinstance(model, Model):
+    heads = model.config.num_attention_heads
+    rules_lib.check_heads(mesh, heads, model.family.class_name)
   return rules_lib.param_shardings(
     mesh, model.logical_axes, model.params, rules or rules_lib.ROLLOUT
   )

@@ -86,8 +86,10 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
   first = _first_numbers(params, name_map.chain)
   for path, leaf in _leaves(params, ()):
     *module, kind = map(str, path)
-    pattern = _rename(".".join(module), name_map.renames)
-    pattern = f"{pattern}.{LEAF_NAMES.get(kind, kind)}"
+    module = _rename(".".join(module), name_map.renames)
+    leaf_name = LEAF_NAMES.get(kind, kind)
+    # The root has leaves of its own in some models.
+    pattern = f"{module}.{leaf_name}" if module else leaf_name
     stacked = "{i}" in pattern
     count = leaf.shape[0] if stacked else 1
     ndim = len(leaf.shape) - stacked
@@ -178,6 +180,26 @@ SD3 = NameMap(
   chain=("dual_blocks", "blocks", "last_block"),
 )
 
+WAN = NameMap(
+  renames={
+    "time_embedder": "condition_embedder.time_embedder",
+    "time_proj": "condition_embedder.time_proj",
+    "text_embedder": "condition_embedder.text_embedder",
+    "blocks": "blocks.{i}",
+    "to_out": "to_out.0",
+    "ffn.linear_1": "ffn.net.0.proj",
+    "ffn.linear_2": "ffn.net.2",
+  }
+)
+
+HUNYUAN_VIDEO = NameMap(
+  renames={
+    **FLUX.renames,
+    "x_embedder": "x_embedder.proj",
+    "refiner_blocks": "token_refiner.refiner_blocks.{i}",
+  }
+)
+
 AUTOENCODER_KL = NameMap(
   renames={
     "attention": "attentions.0",
@@ -197,5 +219,7 @@ NAME_MAPS = {
   "FluxTransformer2DModel": FLUX,
   "QwenImageTransformer2DModel": QWEN_IMAGE,
   "SD3Transformer2DModel": SD3,
+  "WanTransformer3DModel": WAN,
+  "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
   "AutoencoderKL": AUTOENCODER_KL,
 }

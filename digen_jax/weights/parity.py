@@ -2,7 +2,8 @@
 
 A case is a diffusers module directory with `inputs.npz` (named as the forward
 arguments of the reference), `outputs.npz`, and optionally `meta.json` with
-the reference's own noise floors. Arrays are in the reference's layout (NCHW).
+the reference's own noise floors. Arrays are in the reference's layout
+(channels first).
 """
 
 import dataclasses
@@ -182,6 +183,47 @@ def _run_sd3(
   return [("sample", sample.transpose(0, 3, 1, 2))]
 
 
+def _run_wan(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> list[tuple[str, jax.Array]]:
+  del outputs  # a denoiser has the one
+  return _run_video(
+    directory,
+    _get(inputs, "hidden_states", directory),
+    _get(inputs, "timestep", directory).astype(np.float32),
+    _get(inputs, "encoder_hidden_states", directory),
+  )
+
+
+def _run_hunyuan_video(
+  directory: Path, inputs: Arrays, outputs: Arrays
+) -> list[tuple[str, jax.Array]]:
+  del outputs  # a denoiser has the one
+  return _run_video(
+    directory,
+    _get(inputs, "hidden_states", directory),
+    _get(inputs, "timestep", directory).astype(np.float32),
+    _get(inputs, "encoder_hidden_states", directory),
+    _get(inputs, "encoder_attention_mask", directory).astype(bool),
+    _get(inputs, "pooled_projections", directory),
+    inputs.get("guidance"),
+  )
+
+
+def _run_video(
+  directory: Path, latents: np.ndarray, *args: np.ndarray | None
+) -> list[tuple[str, jax.Array]]:
+  """A denoiser on latents [B, c, f, h, w]."""
+  model = load.load_model(directory)
+
+  @jax.jit
+  def run(params: Params, *args: jax.Array | None) -> jax.Array:
+    return nnx.merge(model.graphdef, params)(*args)
+
+  sample = run(model.params, latents.transpose(0, 2, 3, 4, 1), *args)
+  return [("sample", sample.transpose(0, 4, 1, 2, 3))]
+
+
 def _run_autoencoder(
   directory: Path, inputs: Arrays, outputs: Arrays
 ) -> list[tuple[str, jax.Array]]:
@@ -231,6 +273,8 @@ RUNNERS = {
   "FluxTransformer2DModel": _run_flux,
   "QwenImageTransformer2DModel": _run_qwen_image,
   "SD3Transformer2DModel": _run_sd3,
+  "WanTransformer3DModel": _run_wan,
+  "HunyuanVideoTransformer3DModel": _run_hunyuan_video,
   "AutoencoderKL": _run_autoencoder,
 }
 
