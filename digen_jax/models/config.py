@@ -9,7 +9,7 @@ from digen_jax.errors import UserError
 T = TypeVar("T")
 
 # Fields of ours that say how to compute, not what the checkpoint is.
-COMPUTE_FIELDS = ("dtype", "remat")
+COMPUTE_FIELDS = ("dtype", "remat", "tiling", "sequential")
 
 
 def from_dict(

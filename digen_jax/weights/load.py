@@ -28,7 +28,6 @@ from digen_jax.models import (
   vae,
 )
 from digen_jax.models.layers import Params
-from digen_jax.models.vae import autoencoder_kl
 from digen_jax.weights import names, safetensors
 from digen_jax.weights.names import Entry, NameMap
 from digen_jax.weights.safetensors import Tensor
@@ -171,6 +170,8 @@ def load_autoencoder(
   path: str | Path,
   *,
   dtype: DTypeLike | None = None,
+  tiling: vae.Tiling | None = None,
+  sequential: bool = False,
   mesh: jax.sharding.Mesh | None = None,
 ) -> vae.Autoencoder:
   """Loads an autoencoder from its directory, or from a pipeline's `vae`.
@@ -178,6 +179,9 @@ def load_autoencoder(
   Args:
     path: of the module or the pipeline.
     dtype: compute and parameter dtype; None means float32.
+    tiling: spatial tiles for pictures that exceed one; None takes all whole.
+    sequential: one tile (and, where the architecture allows, one latent
+      frame) at a time: bounded memory, but slow on CPU.
     mesh: where to replicate the parameters; None means the default device.
 
   Raises:
@@ -185,18 +189,16 @@ def load_autoencoder(
   """
   directory = module_directory(path, "vae")
   raw = read_json(directory / "config.json")
-  if raw.get("_class_name") != "AutoencoderKL":
-    raise UserError(
-      f"{directory} holds a {raw.get('_class_name')!r}; the only supported "
-      "autoencoder is AutoencoderKL"
-    )
+  family = vae.find_family(raw.get("_class_name", ""))
   dtype = jnp.dtype(dtype or jnp.float32)
-  config = autoencoder_kl.parse_config(raw, dtype=dtype)
+  config = family.parse_config(
+    raw, dtype=dtype, tiling=tiling, sequential=sequential
+  )
   model = vae.abstract_autoencoder(config)
   params = read_params(
     directory,
     model.params,
-    names.AUTOENCODER_KL,
+    names.NAME_MAPS[family.class_name],
     dtype=dtype,
     shardings=_shardings(model, mesh, None),
   )

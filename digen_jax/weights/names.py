@@ -215,6 +215,29 @@ AUTOENCODER_KL = NameMap(
   },
 )
 
+# Also of Qwen-Image's.
+AUTOENCODER_KL_WAN = NameMap(
+  renames={
+    "attention": "attentions.0",
+    "resample": "resample.1",
+    "upsample": "upsamplers.0",
+  }
+)
+
+AUTOENCODER_KL_HUNYUAN_VIDEO = NameMap(
+  renames={
+    "attention": "attentions.0",
+    "to_out": "to_out.0",
+    "conv_in": "conv_in.conv",
+    "conv1": "conv1.conv",
+    "conv2": "conv2.conv",
+    "conv_shortcut": "conv_shortcut.conv",
+    "downsample": "downsamplers.0.conv.conv",
+    "upsample": "upsamplers.0.conv.conv",
+    "conv_out": "conv_out.conv",
+  }
+)
+
 NAME_MAPS = {
   "FluxTransformer2DModel": FLUX,
   "QwenImageTransformer2DModel": QWEN_IMAGE,
@@ -222,4 +245,7 @@ NAME_MAPS = {
   "WanTransformer3DModel": WAN,
   "HunyuanVideoTransformer3DModel": HUNYUAN_VIDEO,
   "AutoencoderKL": AUTOENCODER_KL,
+  "AutoencoderKLWan": AUTOENCODER_KL_WAN,
+  "AutoencoderKLQwenImage": AUTOENCODER_KL_WAN,
+  "AutoencoderKLHunyuanVideo": AUTOENCODER_KL_HUNYUAN_VIDEO,
 }

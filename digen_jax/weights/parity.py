@@ -2,8 +2,8 @@
 
 A case is a diffusers module directory with `inputs.npz` (named as the forward
 arguments of the reference), `outputs.npz`, and optionally `meta.json` with
-the reference's own noise floors. Arrays are in the reference's layout
-(channels first).
+the reference's own noise floors. Arrays are in the reference's layout (NCHW,
+NCFHW). Outputs of tiled execution are of tiles of 32 pixels, 24 apart.
 """
 
 import dataclasses
@@ -16,12 +16,14 @@ import numpy as np
 from flax import nnx
 
 from digen_jax.errors import UserError
+from digen_jax.models import vae
 from digen_jax.models.layers import Params
 from digen_jax.weights import load
 
 FLOOR = 2e-5
 NOISE_FACTOR = 8.0
 TIME_TABLE_FACTOR = 2.0
+TILING = vae.Tiling(size=32, stride=24)
 
 Arrays = dict[str, np.ndarray]
 
@@ -51,8 +53,8 @@ class Comparison:
 def check_case(directory: str | Path) -> list[Comparison]:
   """Runs every recorded output that the module has a method for.
 
-  Outputs of tiled execution, and whatever else we have no method for, are
-  left out. Matrix products run in full float32 on every device.
+  What we have no method for is left out. Matrix products run in full float32
+  on every device.
 
   Args:
     directory: the case.
@@ -227,35 +229,42 @@ def _run_video(
 def _run_autoencoder(
   directory: Path, inputs: Arrays, outputs: Arrays
 ) -> list[tuple[str, jax.Array]]:
-  model = load.load_autoencoder(directory)
+  """Outputs are `method[.part][:variant]`; a variant is an input, or tiled."""
+  whole, tiled = (
+    load.load_autoencoder(directory, tiling=tiling) for tiling in (None, TILING)
+  )
 
   @functools.cache
-  def run(method: str, key: str) -> dict[str, jax.Array]:
-    x = _get(inputs, key, directory).transpose(0, 2, 3, 1)
-    run_method = _encode if method == "encode" else _decode
-    results = jax.jit(run_method, static_argnums=0)(
+  def run(
+    model: vae.Autoencoder, method: str, key: str
+  ) -> dict[str, jax.Array]:
+    x = np.moveaxis(_get(inputs, key, directory), 1, -1)
+    results = jax.jit(AUTOENCODER_METHODS[method], static_argnums=0)(
       model.graphdef, model.params, x
     )
-    return {name: y.transpose(0, 3, 1, 2) for name, y in results.items()}
+    return {name: jnp.moveaxis(y, -1, 1) for name, y in results.items()}
 
   results = []
   for output in outputs:
     name, _, variant = output.partition(":")
     method = name.partition(".")[0]
-    if method in ("encode", "decode") and variant != "tiled":
-      key = variant or ("sample" if method == "encode" else "z")
-      if name in (found := run(method, key)):
+    if method in AUTOENCODER_METHODS:
+      model = tiled if variant == "tiled" else whole
+      key = "z" if method == "decode" else "sample"
+      if variant not in ("", "tiled"):
+        key = variant
+      if name in (found := run(model, method, key)):
         results.append((output, found[name]))
   return results
 
 
 def _encode(
-  graphdef: nnx.GraphDef, params: Params, images: jax.Array
+  graphdef: nnx.GraphDef, params: Params, pixels: jax.Array
 ) -> dict[str, jax.Array]:
   module = nnx.merge(graphdef, params)
-  mean, logvar = module.encode(images)
+  mean, logvar = module.encode(pixels)
   return {
-    "encode.parameters": module.moments(images),
+    "encode.parameters": module.moments(pixels),
     "encode.mean": mean,
     "encode.logvar": logvar,
     "encode.std": jnp.exp(logvar / 2),
@@ -268,6 +277,19 @@ def _decode(
   return {"decode": nnx.merge(graphdef, params).decode(z)}
 
 
+def _reconstruct(
+  graphdef: nnx.GraphDef, params: Params, pixels: jax.Array
+) -> dict[str, jax.Array]:
+  module = nnx.merge(graphdef, params)
+  return {"forward_mode": module.decode(module.encode(pixels)[0])}
+
+
+AUTOENCODER_METHODS = {
+  "encode": _encode,
+  "decode": _decode,
+  "forward_mode": _reconstruct,
+}
+
 # Reference class -> run(directory, inputs, outputs) -> (output, ours) pairs.
 RUNNERS = {
   "FluxTransformer2DModel": _run_flux,
@@ -275,8 +297,7 @@ RUNNERS = {
   "SD3Transformer2DModel": _run_sd3,
   "WanTransformer3DModel": _run_wan,
   "HunyuanVideoTransformer3DModel": _run_hunyuan_video,
-  "AutoencoderKL": _run_autoencoder,
-}
+} | dict.fromkeys(vae.FAMILIES, _run_autoencoder)
 
 
 def _read_npz(file: Path) -> Arrays:

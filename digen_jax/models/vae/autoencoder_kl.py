@@ -15,13 +15,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
 from digen_jax.errors import UserError
 from digen_jax.models import config as config_lib
-from digen_jax.models import layers
 from digen_jax.models.attention import attention
-from digen_jax.models.layers import Linear, round_to
+from digen_jax.models.layers import Linear
+from digen_jax.models.vae.common import Conv, GroupNorm, posterior, repeat
+from digen_jax.models.vae.tiling import Tiling, decode_tiled, encode_tiled
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,6 +36,8 @@ class AutoencoderKLConfig:
     scaling_factor: latents are (z - shift_factor) * scaling_factor.
     shift_factor: see above; None means 0.
     dtype: compute dtype of convolutions.
+    tiling: spatial tiles for large images; None takes images whole.
+    sequential: one tile at a time, for bounded memory.
   """
 
   in_channels: int = 3
@@ -50,6 +52,8 @@ class AutoencoderKLConfig:
   use_post_quant_conv: bool = True
   mid_block_add_attention: bool = True
   dtype: Any = jnp.float32
+  tiling: Tiling | None = None
+  sequential: bool = False
 
   def __post_init__(self):
     object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -65,6 +69,21 @@ class AutoencoderKLConfig:
   def downscale(self) -> int:
     """Image pixels per latent pixel, along each side."""
     return 2 ** (len(self.block_out_channels) - 1)
+
+  @property
+  def temporal_downscale(self) -> int:
+    """Frames per latent frame: images are all there is."""
+    return 1
+
+  @property
+  def latents_shift(self) -> float:
+    """Latents are (z - shift) * scale."""
+    return self.shift_factor or 0.0
+
+  @property
+  def latents_scale(self) -> float:
+    """See `latents_shift`."""
+    return self.scaling_factor
 
 
 def parse_config(raw: Mapping[str, Any], **compute: Any) -> AutoencoderKLConfig:
@@ -94,75 +113,6 @@ def config_dict(config: AutoencoderKLConfig) -> dict[str, Any]:
   )
 
 
-class Conv(nnx.Module):
-  """Square 2-D convolution on NHWC with a zero-padded border.
-
-  Attributes:
-    kernel: [size, size, in, out].
-    bias: [out].
-  """
-
-  def __init__(
-    self,
-    in_channels: int,
-    out_channels: int,
-    size: int = 3,
-    *,
-    stride: int = 1,
-    padding: tuple[int, int] | None = None,
-    dtype: DTypeLike,
-    rngs: nnx.Rngs,
-  ):
-    init = nnx.initializers.lecun_normal()
-    shape = (size, size, in_channels, out_channels)
-    self.kernel = nnx.Param(
-      init(rngs.params(), shape, jnp.float32),
-      logical_axes=("kernel", "kernel", "conv_in", "conv_out"),
-    )
-    self.bias = nnx.Param(jnp.zeros(out_channels), logical_axes=("conv_out",))
-    self.stride = stride
-    self.padding = padding or (size // 2, size // 2)
-    self.dtype = jnp.dtype(dtype)
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x: [B, H, W, in] -> [B, H', W', out] compute dtype."""
-    y = jax.lax.conv_general_dilated(
-      round_to(x, self.dtype),
-      round_to(self.kernel[...], self.dtype),
-      window_strides=(self.stride, self.stride),
-      padding=(self.padding, self.padding),
-      dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )
-    bias = self.bias[...].astype(jnp.float32)[None, None, None]
-    return round_to(y.astype(jnp.float32) + bias, self.dtype)
-
-
-class GroupNorm(nnx.Module):
-  """GroupNorm over [..., channels] in float32, eps 1e-6.
-
-  Attributes:
-    scale: [channels].
-    bias: [channels].
-  """
-
-  def __init__(self, channels: int, groups: int):
-    self.scale = nnx.Param(jnp.ones(channels), logical_axes=("conv_out",))
-    self.bias = nnx.Param(jnp.zeros(channels), logical_axes=("conv_out",))
-    self.groups = groups
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x: [B, H, W, C] -> [B, H, W, C] float32."""
-    batch, height, width, channels = x.shape
-    x = x.astype(jnp.float32)
-    x = x.reshape(batch, height, width, self.groups, channels // self.groups)
-    centred = x - jnp.mean(x, axis=(1, 2, 4), keepdims=True)
-    variance = jnp.mean(jnp.square(centred), axis=(1, 2, 4), keepdims=True)
-    x = centred * jax.lax.rsqrt(variance + 1e-6)
-    x = x.reshape(batch, height, width, channels)
-    scale = self.scale[...].astype(jnp.float32)[None, None, None]
-    return x * scale + self.bias[...].astype(jnp.float32)[None, None, None]
-
-
 class ResnetBlock(nnx.Module):
   """Norm, SiLU, convolution, twice, with a residual."""
 
@@ -179,7 +129,7 @@ class ResnetBlock(nnx.Module):
     self.norm2 = GroupNorm(out_channels, config.norm_num_groups)
     self.conv2 = conv(out_channels, out_channels)
     if in_channels != out_channels:
-      self.conv_shortcut = conv(in_channels, out_channels, 1)
+      self.conv_shortcut = conv(in_channels, out_channels, (1, 1))
     self.has_shortcut = in_channels != out_channels
 
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -259,8 +209,8 @@ class DownBlock(nnx.Module):
       self.downsample = Conv(
         out_channels,
         out_channels,
-        stride=2,
-        padding=(0, 1),
+        stride=(2, 2),
+        padding=((0, 1), (0, 1)),
         dtype=config.dtype,
         rngs=rngs,
       )
@@ -300,7 +250,7 @@ class UpBlock(nnx.Module):
       x = resnet(x)
     if self.last:
       return x
-    return self.upsample(jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2))
+    return self.upsample(repeat(x, (2, 2)))
 
 
 class Encoder(nnx.Module):
@@ -360,7 +310,7 @@ class AutoencoderKL(nnx.Module):
 
   def __init__(self, config: AutoencoderKLConfig, *, rngs: nnx.Rngs):
     channels = config.latent_channels
-    conv = functools.partial(Conv, size=1, dtype=config.dtype, rngs=rngs)
+    conv = functools.partial(Conv, window=(1, 1), dtype=config.dtype, rngs=rngs)
     self.config = config
     self.encoder = Encoder(config, rngs)
     self.decoder = Decoder(config, rngs)
@@ -371,10 +321,14 @@ class AutoencoderKL(nnx.Module):
 
   def moments(self, images: jax.Array) -> jax.Array:
     """Mean and unclipped log-variance side by side: [B, h, w, 2c] float32."""
-    moments = self.encoder(images)
-    if self.config.use_quant_conv:
-      moments = self.quant_conv(moments)
-    return moments.astype(jnp.float32)
+
+    def run(images: jax.Array) -> jax.Array:
+      moments = self.encoder(images)
+      if self.config.use_quant_conv:
+        moments = self.quant_conv(moments)
+      return moments.astype(jnp.float32)
+
+    return encode_tiled(run, images, self.config)
 
   def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
     """The posterior of images.
@@ -386,48 +340,14 @@ class AutoencoderKL(nnx.Module):
     Returns:
       mean, log-variance (clipped to [-30, 20]): [B, h, w, c] float32.
     """
-    mean, logvar = jnp.split(self.moments(images), 2, axis=-1)
-    return mean, jnp.clip(logvar, -30.0, 20.0)
+    return posterior(self.moments(images))
 
   def decode(self, z: jax.Array) -> jax.Array:
     """Raw latents [B, h, w, c] -> images [B, H, W, 3] float32 around [-1, 1]."""
-    if self.config.use_post_quant_conv:
-      z = self.post_quant_conv(z)
-    return self.decoder(z).astype(jnp.float32)
 
+    def run(z: jax.Array) -> jax.Array:
+      if self.config.use_post_quant_conv:
+        z = self.post_quant_conv(z)
+      return self.decoder(z).astype(jnp.float32)
 
-def normalise(z: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
-  """Raw latents -> what the denoiser sees: (z - shift) * scale."""
-  return (z - (config.shift_factor or 0.0)) * config.scaling_factor
-
-
-def denormalise(latents: jax.Array, config: AutoencoderKLConfig) -> jax.Array:
-  """The denoiser's latents -> raw latents; the inverse of `normalise`."""
-  return latents / config.scaling_factor + (config.shift_factor or 0.0)
-
-
-def encode(
-  graphdef: nnx.GraphDef, params: layers.Params, images: jax.Array
-) -> jax.Array:
-  """Images -> normalised latents, the posterior mean.
-
-  Args:
-    graphdef: of an `AutoencoderKL`, from `layers.split`.
-    params: its parameters.
-    images: [B, H, W, 3] float32 in [0, 1].
-
-  Returns:
-    [B, h, w, c] float32.
-  """
-  module = nnx.merge(graphdef, params)
-  mean, _ = module.encode(images * 2.0 - 1.0)
-  return normalise(mean, module.config)
-
-
-def decode(
-  graphdef: nnx.GraphDef, params: layers.Params, latents: jax.Array
-) -> jax.Array:
-  """Normalised latents [B, h, w, c] -> images [B, H, W, 3] in [0, 1]."""
-  module = nnx.merge(graphdef, params)
-  images = module.decode(denormalise(latents, module.config))
-  return jnp.clip(images * 0.5 + 0.5, 0.0, 1.0)
+    return decode_tiled(run, z, self.config)
