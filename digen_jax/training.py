@@ -83,16 +83,17 @@ class Run:
       self.meshes,
       assembly.weights,
     )
-    self.negative = assemble.negative_conditioning(assembly)
+    embed = assemble.embedder(assembly, self.workdir / "embeddings")
+    self.negative = assemble.negative_conditioning(assembly, embed)
     self.program = Program(
       config,
       self.work,
       self.placement,
       self.reward,
-      assemble.embed(assembly, prompts),
+      embed(prompts),
       self.negative,
     )
-    self.held_out_conditioning = assemble.embed(assembly, self.held_out)
+    self.held_out_conditioning = embed(self.held_out)
     self.sampler = Sampler(
       assembly.recipe,
       self.meshes[self.placement.rollout_lane],
