@@ -1,6 +1,7 @@
 """From a config to what a run is made of: models, weights, recipe, workload."""
 
 import dataclasses
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +9,10 @@ import jax
 import numpy as np
 
 from digen_jax.config import Config
-from digen_jax.data.embeddings import cached_embeddings, load_prompt_encoder
+from digen_jax.data.embeddings import cached_embeddings
+from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.errors import UserError
+from digen_jax.metrics import pace_reporter
 from digen_jax.models import Model, lora
 from digen_jax.models.vae import Autoencoder
 from digen_jax.pipeline.units import Workload
@@ -147,32 +150,59 @@ def _latent_shape(
   return height, width, model.config.latent_channels
 
 
-def embed(
-  assembly: Assembly, prompts: list[str], cache: Path | None = None
-) -> Conditioning:
-  """Conditioning of prompts, [P, ...] host arrays.
+def embedder(
+  assembly: Assembly, cache: Path | None = None
+) -> Callable[[Sequence[str]], Conditioning]:
+  """A function of P prompts that gives their conditioning, [P, ...] on host.
+
+  The text encoders are read when they are first needed, and live as long as
+  the function.
 
   Args:
     assembly: the run.
-    prompts: P texts.
-    cache: file to keep the embeddings in, or None.
+    cache: directory to keep embeddings in where the config names none.
   """
-  encoder = load_prompt_encoder(assembly.config.checkpoint)
-  if cache is None:
-    conditioning = encoder.encode(prompts)
-  else:
-    conditioning = cached_embeddings(encoder, prompts, cache)
-  conditioning = jax.tree.map(np.asarray, conditioning)
-  if getattr(assembly.model.config, "guidance_embeds", False):
-    scale = assembly.config.sampling.embedded_guidance
-    conditioning = dataclasses.replace(
-      conditioning, guidance=np.full(len(prompts), scale, np.float32)
-    )
-  return conditioning
+  config = assembly.config
+  encoder = load_prompt_encoder(
+    config.checkpoint,
+    dtype=config.dtype.compute,
+    max_length=config.sampling.text_length or None,
+  )
+  directory = config.embeddings or cache
+  guided = getattr(assembly.model.config, "guidance_embeds", False)
+
+  def embed(prompts: Sequence[str]) -> Conditioning:
+    if directory:
+      report = pace_reporter("encoded prompts")
+      conditioning = cached_embeddings(encoder, prompts, directory, report)
+    else:
+      conditioning = encoder.encode(prompts)
+    if not guided:
+      return conditioning
+    scale = config.sampling.embedded_guidance
+    guidance = np.full(len(prompts), scale, np.float32)
+    return dataclasses.replace(conditioning, guidance=guidance)
+
+  return embed
 
 
-def negative_conditioning(assembly: Assembly) -> Conditioning | None:
-  """[1, ...] conditioning of the empty prompt, where guidance needs it."""
+def embed(assembly: Assembly, prompts: Sequence[str]) -> Conditioning:
+  """Conditioning of P prompts, [P, ...] on the host."""
+  return embedder(assembly)(prompts)
+
+
+def negative_conditioning(
+  assembly: Assembly,
+  embed: Callable[[Sequence[str]], Conditioning] | None = None,
+) -> Conditioning | None:
+  """[1, ...] conditioning of the negative prompt, where guidance needs it.
+
+  Args:
+    assembly: the run.
+    embed: from `embedder`; None makes one.
+  """
   if assembly.config.sampling.guidance_scale == 1.0:
     return None
-  return embed(assembly, [""])
+  embed = embed or embedder(assembly)
+  conditioning = embed([assembly.config.sampling.negative_prompt])
+  return jax.tree.map(np.asarray, conditioning)

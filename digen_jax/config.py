@@ -41,6 +41,9 @@ class Sampling:
     width: image width, pixels.
     guidance_scale: classifier-free guidance; 1 is off.
     embedded_guidance: the guidance value fed to guidance-distilled models.
+    negative_prompt: what classifier-free guidance leads away from.
+    text_length: tokens that prompts are padded or cut to; 0 means what the
+      family's pipeline does.
   """
 
   num_steps: int = 10
@@ -53,6 +56,8 @@ class Sampling:
   width: int = 32
   guidance_scale: float = 1.0
   embedded_guidance: float = 3.5
+  negative_prompt: str = ""
+  text_length: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,8 +175,11 @@ class Config:
   Attributes:
     seed: everything random follows from it.
     steps: global steps.
-    checkpoint: a diffusers pipeline directory.
+    checkpoint: a diffusers pipeline directory, or its id on the hub.
     prompts: training prompts, one per line.
+    embeddings: directory of prompt embeddings, made by
+      `launch/encode_prompts.py` or by a run; what it lacks is added. Empty
+      means one in the run's directory.
     reward: what is optimised, as `rewards.compose.parse` reads it: "shapes",
       "0.7*shapes + 0.3*path/to/file.py:function".
     eval_every: global steps between evaluations; 0 means first and last.
@@ -185,6 +193,7 @@ class Config:
   steps: int = 100
   checkpoint: str = ""
   prompts: str = ""
+  embeddings: str = ""
   reward: str = ""
   eval_every: int = 0
   checkpoint_every: int = 50
@@ -305,6 +314,7 @@ def check(config: Config) -> None:
     ("keep_checkpoints", config.keep_checkpoints, 1),
     ("batch.prompts", batch.prompts, 1),
     ("sampling.num_steps", sampling.num_steps, 2),
+    ("sampling.text_length", sampling.text_length, 0),
     ("train.updates_per_batch", train.updates_per_batch, 1),
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
@@ -384,6 +384,36 @@ class Progress:
   def _write(self, text: str) -> None:
     self._stream.write(text)
     self._stream.flush()
+
+
+def pace_reporter(
+  what: str, *, seconds: float = 5.0, stream: TextIO | None = None
+) -> Callable[[int, int], None]:
+  """A function of (done, total) that prints a line every few seconds.
+
+  Args:
+    what: what is counted, e.g. "encoded prompts".
+    seconds: between lines; what takes less is not spoken of.
+    stream: where to write; by default standard error.
+  """
+  began = time.monotonic()
+  last = began
+
+  def report(done: int, total: int) -> None:
+    nonlocal last
+    now = time.monotonic()
+    if now - last < seconds and not (done == total and last > began):
+      return
+    last = now
+    rate = done / max(now - began, 1e-9)
+    print(
+      f"{what} {done}/{total}  {rate:.3g}/s  "
+      f"{format_seconds((total - done) / rate)} left",
+      file=stream or sys.stderr,
+      flush=True,
+    )
+
+  return report
 
 
 def _can_write(text: str, stream: TextIO) -> bool:

@@ -208,7 +208,7 @@ def flow_loss(networks: Networks) -> Loss:
     keys = jax.random.split(key, 3)
     row = jnp.arange(batch)
     chosen = jax.random.randint(keys[0], (batch,), 0, variants)
-    _, pooled = networks.clip.encode(params["clip"], clip_ids[row, chosen])
+    clip = networks.clip.encode(params["clip"], clip_ids[row, chosen])
     tokens = networks.t5.encode(params["t5"], t5_ids[row, chosen])
     sigma = jax.nn.sigmoid(jax.random.normal(keys[1], (batch,)))
     noise = jax.random.normal(keys[2], latents.shape)
@@ -217,7 +217,7 @@ def flow_loss(networks: Networks) -> Loss:
       params["transformer"],
       (1.0 - level) * latents + level * noise,
       sigma,
-      Conditioning(text=tokens, pooled=pooled),
+      Conditioning(text=tokens, pooled=clip.pooled),
     )
     return jnp.mean(jnp.square(velocity - (noise - latents)))
 

@@ -15,7 +15,7 @@ import numpy as np
 from digen_jax import media
 from digen_jax.data import scenes
 from digen_jax.data.captioned import draw_scenes
-from digen_jax.data.embeddings import load_prompt_encoder
+from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.data.tokenizer import write_tokenizers
 from digen_jax.models import config as config_lib
 from digen_jax.models import vae

@@ -89,9 +89,10 @@ class Run:
       self.meshes,
       assembly.weights,
     )
-    conditioning = assemble.embed(assembly, prompts)
+    embed = assemble.embedder(assembly, self.workdir / "embeddings")
+    conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
-    self.negative = assemble.negative_conditioning(assembly)
+    self.negative = assemble.negative_conditioning(assembly, embed)
     self.program = Program(
       config,
       self.work,
@@ -100,7 +101,7 @@ class Run:
       conditioning,
       self.negative,
     )
-    self.held_out_conditioning = assemble.embed(assembly, self.held_out)
+    self.held_out_conditioning = embed(self.held_out)
     self.sampler = Sampler(
       assembly.recipe,
       self.meshes[self.placement.rollout_lane],

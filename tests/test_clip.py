@@ -59,7 +59,8 @@ def prompts(length: int, seed: int = 1) -> np.ndarray:
 def outputs(directory, ids):
   encoder = load_text_encoder(directory)
   run = jax.jit(clip_encode, static_argnums=0)
-  return map(np.asarray, run(encoder.graphdef, encoder.params, ids))
+  states = run(encoder.graphdef, encoder.params, ids)
+  return map(np.asarray, (states.last, states.pooled))
 
 
 def expected(model, ids):
@@ -85,6 +86,35 @@ def test_parity(tmp_path, settings, length):
   for ours, theirs in zip(outputs(tmp_path, ids), expected(model, ids)):
     np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
     assert np.abs(theirs).max() > 1
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(num_hidden_layers=1)])
+def test_projection_and_penultimate_states(tmp_path, settings):
+  ids = dict(bos_token_id=1, pad_token_id=1, eos_token_id=2)
+  config = transformers.CLIPTextConfig(
+    **(SIZES | ids | dict(hidden_act="gelu", projection_dim=20) | settings)
+  )
+  model = randomise(transformers.CLIPTextModelWithProjection(config), 3)
+  # As published: in half precision.
+  model.half().save_pretrained(tmp_path)
+  ids = prompts(11)
+  with torch.no_grad():
+    theirs = model.float()(
+      torch.from_numpy(ids).long(), output_hidden_states=True
+    )
+  encoder = load_text_encoder(tmp_path)
+  ours = jax.jit(encoder.encode)(encoder.params, ids)
+  for mine, other in (
+    (ours.last, theirs.last_hidden_state),
+    (ours.penultimate, theirs.hidden_states[-2]),
+    (ours.pooled, theirs.text_embeds),
+  ):
+    np.testing.assert_allclose(mine, other.numpy(), atol=1e-5, rtol=0)
+    assert np.abs(mine).max() > 0.3
+  save_text_encoder(encoder, tmp_path / "again")
+  again = load_text_encoder(tmp_path / "again")
+  assert again.config == encoder.config
+  jax.tree.map(np.testing.assert_array_equal, again.params, encoder.params)
 
 
 def test_pooled_is_the_state_at_the_end_token(tmp_path):
@@ -169,7 +199,8 @@ def test_saved_encoder_loads_in_transformers(tmp_path):
   assert not any(report.values()), report
   ids = prompts(7)
   theirs = expected(model.eval(), ids)
-  for ours, other in zip(jax.jit(encoder.encode)(params, ids), theirs):
+  states = jax.jit(encoder.encode)(params, ids)
+  for ours, other in zip((states.last, states.pooled), theirs):
     np.testing.assert_allclose(ours, other, atol=1e-5, rtol=0)
   again = load_text_encoder(tmp_path)
   assert again.config == config

@@ -1,107 +1,28 @@
-"""Prompts to conditioning, against diffusers' FLUX pipeline."""
+"""Sets of prompt embeddings on disk."""
 
-import json
 import shutil
+import signal
 import subprocess
 import sys
+from pathlib import Path
 
-import diffusers
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-import transformers
 
 from digen_jax.data import embeddings
-from digen_jax.data.embeddings import cached_embeddings, load_prompt_encoder
-from digen_jax.data.tokenizer import write_tokenizers
+from digen_jax.data.embeddings import cached_embeddings
+from digen_jax.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from digen_jax.errors import UserError
+from digen_jax.weights.safetensors import read_header
+from tests.text_pipelines import LENGTH, PROMPTS, flux, qwen_image, wan
 
-WORDS = (
-  *("a", "two", "three", "red", "blue", "green", "left", "of", "and"),
-  *("circle", "circles", "square", "squares"),
-)
-LENGTH = 16
-PROMPTS = [
-  "two red circles left of a blue square",
-  "",
-  "A zebra, 3 m tall!",
-  "red " * 20,
-  "green squares",
-]
-
-
-def randomise(model: torch.nn.Module) -> torch.nn.Module:
-  generator = torch.Generator().manual_seed(0)
-  for name, parameter in model.named_parameters():
-    noise = torch.randn(parameter.shape, generator=generator)
-    if "norm" in name and name.endswith("weight"):
-      parameter.data = 1 + 0.25 * noise
-    else:
-      scale = 0.15 if parameter.ndim == 1 else 0.6 / parameter.shape[-1] ** 0.5
-      parameter.data = scale * noise
-  return model.eval()
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.fixture(scope="module")
 def pipeline(tmp_path_factory):
-  """A directory with every component of a FLUX pipeline, tiny and random."""
-  directory = tmp_path_factory.mktemp("pipeline")
-  info = write_tokenizers(directory, WORDS, LENGTH)
-  clip = transformers.CLIPTextConfig(
-    vocab_size=info.clip_vocab_size,
-    hidden_size=24,
-    intermediate_size=32,
-    num_hidden_layers=2,
-    num_attention_heads=2,
-    max_position_embeddings=LENGTH,
-    bos_token_id=info.clip_bos_id,
-    eos_token_id=info.clip_eos_id,
-    pad_token_id=info.clip_eos_id,
-  )
-  t5 = transformers.T5Config(
-    vocab_size=info.t5_vocab_size,
-    d_model=32,
-    d_kv=8,
-    d_ff=40,
-    num_layers=2,
-    num_heads=3,
-    feed_forward_proj="gated-gelu",
-  )
-  modules = {
-    "text_encoder": transformers.CLIPTextModel(clip),
-    "text_encoder_2": transformers.T5EncoderModel(t5),
-    "transformer": diffusers.FluxTransformer2DModel(
-      in_channels=4,
-      num_layers=1,
-      num_single_layers=1,
-      attention_head_dim=8,
-      num_attention_heads=2,
-      joint_attention_dim=32,
-      pooled_projection_dim=24,
-      axes_dims_rope=(2, 2, 4),
-    ),
-    "vae": diffusers.AutoencoderKL(
-      block_out_channels=(4,), norm_num_groups=2, latent_channels=1
-    ),
-  }
-  for name, module in modules.items():
-    randomise(module).save_pretrained(directory / name)
-  diffusers.FlowMatchEulerDiscreteScheduler().save_pretrained(
-    directory / "scheduler"
-  )
-  index = {
-    "_class_name": "FluxPipeline",
-    "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-    "text_encoder": ["transformers", "CLIPTextModel"],
-    "text_encoder_2": ["transformers", "T5EncoderModel"],
-    "tokenizer": ["transformers", "CLIPTokenizer"],
-    "tokenizer_2": ["transformers", "T5TokenizerFast"],
-    "transformer": ["diffusers", "FluxTransformer2DModel"],
-    "vae": ["diffusers", "AutoencoderKL"],
-  }
-  (directory / "model_index.json").write_text(json.dumps(index))
-  return directory
+  return flux(tmp_path_factory.mktemp("flux")).directory
 
 
 @pytest.fixture(scope="module")
@@ -109,209 +30,196 @@ def encoder(pipeline):
   return load_prompt_encoder(pipeline, batch_size=2)
 
 
-@pytest.fixture(scope="module")
-def reference(pipeline):
-  """text [B, T, D] and pooled [B, P] of diffusers' own pipeline."""
-  pipe = diffusers.FluxPipeline.from_pretrained(pipeline)
-  with torch.no_grad():
-    text, pooled, _ = pipe.encode_prompt(PROMPTS, max_sequence_length=LENGTH)
-  return text.numpy(), pooled.numpy()
+@pytest.fixture
+def encoded(monkeypatch):
+  """How many prompts each call encodes, from now on."""
+  calls, encode = [], PromptEncoder.encode_tokens
 
+  def count(self, tokens, rows):
+    calls.append(len(rows))
+    return encode(self, tokens, rows)
 
-def test_parity_with_the_flux_pipeline(encoder, reference):
-  text, pooled = reference
-  ours = encoder.encode(PROMPTS)
-  assert ours.text.shape == (len(PROMPTS), LENGTH, 32)
-  np.testing.assert_allclose(ours.text, text, atol=1e-5, rtol=0)
-  np.testing.assert_allclose(ours.pooled, pooled, atol=1e-5, rtol=0)
-  assert np.abs(text).max() > 1 and np.abs(pooled).max() > 1
-
-
-def test_a_prompt_does_not_depend_on_its_neighbours(encoder):
-  together = encoder.encode(PROMPTS)
-  alone = encoder.encode(PROMPTS[2:3])
-  np.testing.assert_allclose(alone.text[0], together.text[2], atol=1e-5)
-  np.testing.assert_allclose(alone.pooled[0], together.pooled[2], atol=1e-5)
-
-
-def test_token_ids(encoder):
-  clip_ids, t5_ids = encoder.tokenize(PROMPTS)
-  assert clip_ids.shape == t5_ids.shape == (len(PROMPTS), LENGTH)
-  assert clip_ids.dtype == t5_ids.dtype == np.int32
-  # Eight words, each one token; CLIP frames and pads with its end token.
-  end = clip_ids.max()
-  np.testing.assert_array_equal((clip_ids[0] == end).nonzero()[0], range(9, 16))
-  assert len(set(clip_ids[0, :9])) == 9
-  np.testing.assert_array_equal(t5_ids[0, 8:], [1] + [0] * 7)
-  assert len(set(t5_ids[0, :8])) == 8
-  assert (clip_ids[3, -1], t5_ids[3, -1]) == (end, 1)
-
-
-def test_cut_prompts_are_reported(encoder, caplog):
-  encoder.tokenize(PROMPTS)
-  assert len(caplog.records) == 2
-  assert "1 of 5 prompts are longer than 16" in caplog.messages[0]
-
-
-def test_lengths(pipeline, tmp_path):
-  assert load_prompt_encoder(pipeline, max_length=7).t5_length == 7
-  directory = shutil.copytree(pipeline, tmp_path / "pipeline")
-  for name in ("tokenizer", "tokenizer_2"):
-    file = directory / name / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) | {"model_max_length": 1024}
-    file.write_text(json.dumps(settings))
-  long = load_prompt_encoder(directory)
-  assert (long.clip_length, long.t5_length) == (LENGTH, 512)
-
-
-def test_bfloat16(pipeline, reference, tmp_path):
-  encoder = load_prompt_encoder(pipeline, dtype=jnp.bfloat16)
-  ours = cached_embeddings(encoder, PROMPTS, tmp_path / "e.npz")
-  again = cached_embeddings(encoder, PROMPTS, tmp_path / "e.npz")
-  for mine, cached, theirs in zip(
-    (ours.text, ours.pooled), (again.text, again.pooled), reference
-  ):
-    assert mine.dtype == cached.dtype == jnp.bfloat16
-    np.testing.assert_array_equal(mine, cached)
-    error = np.linalg.norm(mine.astype(np.float32) - theirs)
-    assert 1e-4 < error / np.linalg.norm(theirs) < 2e-2
-
-
-def counted(encoder, monkeypatch):
-  """Lengths of the batches that `encode` is called with from now on."""
-  calls, encode = [], embeddings.PromptEncoder.encode
-
-  def count(self, prompts):
-    calls.append(len(prompts))
-    return encode(self, prompts)
-
-  monkeypatch.setattr(embeddings.PromptEncoder, "encode", count)
+  monkeypatch.setattr(PromptEncoder, "encode_tokens", count)
   return calls
 
 
-def test_cache(pipeline, encoder, tmp_path, monkeypatch):
-  calls = counted(encoder, monkeypatch)
-  path = tmp_path / "deep" / "e.npz"
-  first = cached_embeddings(encoder, PROMPTS, path)
-  # A fresh encoder reads no weights for what is cached.
-  fresh = load_prompt_encoder(pipeline)
-  second = cached_embeddings(fresh, PROMPTS, path)
-  assert calls == [5] and "encoders" not in vars(fresh)
-  np.testing.assert_array_equal(first.text, second.text)
-  np.testing.assert_array_equal(first.pooled, second.pooled)
-  third = cached_embeddings(encoder, PROMPTS[::-1], path)
-  assert calls == [5, 5]
-  np.testing.assert_allclose(third.text[::-1], first.text, atol=1e-5)
-  shorter = load_prompt_encoder(pipeline, max_length=9)
-  assert cached_embeddings(shorter, PROMPTS, path).text.shape[1] == 9
-  assert [file.name for file in path.parent.iterdir()] == ["e.npz"]
+def assert_same(conditioning, other):
+  for name in ("text", "pooled", "mask"):
+    x, y = getattr(conditioning, name), getattr(other, name)
+    assert (x is None) == (y is None)
+    if x is not None:
+      assert x.dtype == y.dtype and x.shape == y.shape
+      np.testing.assert_array_equal(x, y)
+
+
+def batches(directory):
+  return sorted(directory.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("family", [flux, wan, qwen_image])
+def test_a_set_gives_what_the_encoder_gives(family, tmp_path, encoded):
+  pipeline = tmp_path / "pipeline"
+  pipeline.mkdir()
+  family(pipeline)
+  encoder = load_prompt_encoder(pipeline, max_length=LENGTH, batch_size=2)
+  prompts = [*PROMPTS, PROMPTS[0]]
+  ours = cached_embeddings(encoder, prompts, tmp_path / "deep" / "set")
+  assert encoded == [5]
+  # A fresh encoder reads no weights for what is there.
+  fresh = load_prompt_encoder(pipeline, max_length=LENGTH)
+  again = cached_embeddings(fresh, prompts, tmp_path / "deep" / "set")
+  assert encoded == [5] and "encoders" not in vars(fresh)
+  exact = encoder.encode(prompts)
+  assert_same(ours, exact)
+  assert_same(again, exact)
+  # Rows are read when they are indexed.
+  index = np.array([[3, 0], [0, 5]])
+  np.testing.assert_array_equal(ours.text[index], exact.text[index])
+  np.testing.assert_array_equal(ours.text[1:4:2], exact.text[1:4:2])
+  np.testing.assert_array_equal(ours.text[2], exact.text[2])
+
+
+def test_zeros_of_padding_are_not_stored(tmp_path):
+  pipeline = tmp_path / "pipeline"
+  pipeline.mkdir()
+  wan(pipeline)
+  encoder = load_prompt_encoder(pipeline)
+  cached_embeddings(encoder, ["red", "two circles"], tmp_path / "set")
+  (file,) = batches(tmp_path / "set")
+  assert read_header(file)["text"].shape == (2 + 3, 32)  # words and ends
+
+
+def test_what_is_missing_is_added(encoder, tmp_path, encoded):
+  cached_embeddings(encoder, PROMPTS[:3], tmp_path)
+  first = {file: file.read_bytes() for file in batches(tmp_path)}
+  told = []
+  ours = cached_embeddings(
+    encoder, PROMPTS[::-1], tmp_path, lambda *args: told.append(args)
+  )
+  assert encoded == [3, 2] and told == [(2, 2)]
+  assert_same(ours, encoder.encode(PROMPTS[::-1]))
+  assert all(file.read_bytes() == first[file] for file in first)
+  names = {file.name for file in tmp_path.iterdir()}
+  assert names == {f.name for f in batches(tmp_path)} | {"embeddings.json"}
+
+
+def test_bfloat16(pipeline, tmp_path):
+  encoder = load_prompt_encoder(pipeline, dtype=jnp.bfloat16)
+  ours = cached_embeddings(encoder, PROMPTS, tmp_path)
+  assert_same(ours, encoder.encode(PROMPTS))
+  assert ours.text.dtype == jnp.bfloat16
+  (file,) = batches(tmp_path)
+  assert read_header(file)["text"].dtype == jnp.bfloat16
 
 
 @pytest.mark.parametrize(
   "damage",
-  [
-    lambda content: content[: len(content) // 2],
-    lambda content: b"",
-    lambda content: b"no archive",
-    # Flips a byte in the middle of the first array's data.
-    lambda c: c[:900] + bytes([c[900] ^ 255]) + c[901:],
-  ],
-  ids=["truncated", "empty", "text", "flipped"],
+  [lambda content: content[:-100], lambda content: b"", lambda _: b"no file"],
+  ids=["truncated", "empty", "text"],
 )
-def test_damaged_cache(encoder, tmp_path, damage, monkeypatch, caplog):
-  path = tmp_path / "e.npz"
-  prompts = PROMPTS[:1]
-  first = cached_embeddings(encoder, prompts, path)
-  intact = path.read_bytes()
-  path.write_bytes(damage(intact))
-  calls = counted(encoder, monkeypatch)
-  second = cached_embeddings(encoder, prompts, path)
-  assert calls == [1] and "damaged" in caplog.text
-  np.testing.assert_array_equal(first.text, second.text)
-  assert path.read_bytes() == intact
+def test_a_damaged_batch_is_encoded_again(
+  encoder, tmp_path, damage, encoded, caplog
+):
+  first = cached_embeddings(encoder, PROMPTS[:3], tmp_path)
+  exact = np.asarray(first.text)
+  file = batches(tmp_path)[0]
+  intact = file.read_bytes()
+  file.write_bytes(damage(intact))
+  again = cached_embeddings(encoder, PROMPTS[:3], tmp_path)
+  assert "is damaged, encoding again" in caplog.text
+  assert encoded[0] == 3 and encoded[1] < 3
+  np.testing.assert_array_equal(again.text, exact)
 
 
-def test_new_weights_are_another_fingerprint(pipeline, encoder, tmp_path):
-  directory = shutil.copytree(pipeline, tmp_path / "pipeline")
+def test_sets_of_others_are_refused(pipeline, encoder, tmp_path, encoded):
+  folder = tmp_path / "set"
+  cached_embeddings(encoder, PROMPTS, folder)
+  before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+
+  def refused(other, words):
+    with pytest.raises(UserError, match=words) as error:
+      cached_embeddings(other, PROMPTS, folder)
+    assert "\n" not in str(error.value)
+
+  shorter = load_prompt_encoder(pipeline, max_length=9)
+  refused(shorter, "differently: max_length is 16, now 9; name another")
+  rounded = load_prompt_encoder(pipeline, dtype=jnp.bfloat16)
+  refused(rounded, "dtype is 'float32', now 'bfloat16'")
+  directory = tmp_path / "pipeline"
+  shutil.copytree(pipeline, directory)
   assert load_prompt_encoder(directory).fingerprint == encoder.fingerprint
   file = directory / "text_encoder_2" / "model.safetensors"
   content = file.read_bytes()
   file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
-  assert load_prompt_encoder(directory).fingerprint != encoder.fingerprint
+  refused(load_prompt_encoder(directory), "text encoders or tokenizers are")
+  assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+  assert encoded == [5]
 
 
-WITHOUT_TORCH = """
-import sys
-sys.modules["torch"] = None  # as if it were not installed
-import numpy as np
-from digen_jax.data.embeddings import load_prompt_encoder
-out = load_prompt_encoder(sys.argv[1]).encode(sys.argv[3:])
-np.savez(sys.argv[2], text=out.text, pooled=out.pooled)
-assert not [m for m in sys.modules if m.startswith("torch.")]
+def test_directories_that_are_no_set(encoder, tmp_path):
+  with pytest.raises(UserError, match="no prompts to encode"):
+    cached_embeddings(encoder, [], tmp_path)
+  (tmp_path / "notes.txt").write_text("mine")
+  with pytest.raises(UserError, match=r"not empty and has no embeddings\.json"):
+    cached_embeddings(encoder, PROMPTS, tmp_path)
+  with pytest.raises(UserError, match="is a file"):
+    cached_embeddings(encoder, PROMPTS, tmp_path / "notes.txt")
+
+
+def test_nothing_is_written_before_something_is_encoded(pipeline, tmp_path):
+  directory = tmp_path / "pipeline"
+  shutil.copytree(pipeline, directory)
+  (directory / "text_encoder" / "model.safetensors").unlink()
+  with pytest.raises(UserError, match="no diffusion_pytorch_model"):
+    cached_embeddings(load_prompt_encoder(directory), PROMPTS, tmp_path / "set")
+  assert not (tmp_path / "set").exists()
+
+
+# Dies in the middle of writing the third batch.
+KILLED = """
+import os, signal, sys
+from digen_jax.data import embeddings
+from launch import encode_prompts
+from digen_jax.launching import run_main
+
+write, calls = embeddings.save_file, []
+
+def save_file(tensors, path):
+  calls.append(path)
+  write(tensors, path)
+  if len(calls) == 3:
+    os.truncate(path, 100)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+embeddings.save_file = save_file
+run_main(encode_prompts.main)
 """
 
 
-def test_without_torch(pipeline, encoder, tmp_path):
-  file = tmp_path / "out.npz"
+def test_launch_script_goes_on_where_it_was_killed(pipeline, tmp_path, encoder):
+  file = tmp_path / "prompts.txt"
+  prompts = [f"{number} red circles" for number in range(10)]
+  file.write_text("".join(f"{prompt}\n" for prompt in [*prompts, prompts[0]]))
+  folder = tmp_path / "set"
+  arguments = [
+    f"--checkpoint={pipeline}",
+    f"--prompts={file}",
+    f"--out={folder}",
+    "--batch_size=2",
+  ]
+  killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT)
+  assert killed.returncode == -signal.SIGKILL
+  assert len(embeddings.read_set(folder)) == 4
+  kept = {f: f.stat().st_mtime_ns for f in batches(folder)}
+  script = ROOT / "launch" / "encode_prompts.py"
   done = subprocess.run(
-    [sys.executable, "-c", WITHOUT_TORCH, pipeline, file, *PROMPTS],
+    [sys.executable, script, *arguments],
     capture_output=True,
     text=True,
+    check=True,
   )
-  assert done.returncode == 0, done.stderr
-  assert "PyTorch" not in done.stderr
-  ours = encoder.encode(PROMPTS)
-  with np.load(file) as out:
-    np.testing.assert_allclose(out["text"], ours.text, atol=1e-5)
-    np.testing.assert_allclose(out["pooled"], ours.pooled, atol=1e-5)
-
-
-def remove(name):
-  def damage(directory):
-    path = directory / name
-    shutil.rmtree(path) if path.is_dir() else path.unlink()
-
-  return damage
-
-
-def other_encoder(directory):
-  file = directory / "model_index.json"
-  index = json.loads(file.read_text())
-  index["text_encoder_2"] = ["transformers", "Qwen2_5_VLModel"]
-  file.write_text(json.dumps(index))
-
-
-def broken_tokenizer(directory):
-  (directory / "tokenizer_2" / "tokenizer.json").write_text("{")
-
-
-def small_table(directory):
-  file = directory / "text_encoder" / "config.json"
-  config = json.loads(file.read_text()) | {"vocab_size": 99}
-  file.write_text(json.dumps(config))
-
-
-@pytest.mark.parametrize(
-  ("damage", "message"),
-  [
-    (remove("model_index.json"), "model_index.json does not exist"),
-    (remove("text_encoder/config.json"), "config.json does not exist"),
-    (remove("tokenizer"), "tokenizer directory .* does not exist"),
-    (remove("tokenizer/vocab.json"), "cannot read the CLIPTokenizer"),
-    (remove("text_encoder/model.safetensors"), "no diffusion_pytorch_model"),
-    (other_encoder, "text_encoder_2 is 'Qwen2_5_VLModel', only FLUX's T5"),
-    (broken_tokenizer, "cannot read the T5TokenizerFast in"),
-    (small_table, "ids up to .* only 99 rows"),
-  ],
-)
-def test_incomplete_pipeline(pipeline, tmp_path, damage, message):
-  directory = shutil.copytree(pipeline, tmp_path / "pipeline")
-  damage(directory)
-  with pytest.raises(UserError, match=message) as error:
-    load_prompt_encoder(directory).encode(["red"])
-  assert "\n" not in str(error.value)
-
-
-def test_no_prompts(encoder):
-  with pytest.raises(UserError, match="no prompts to encode"):
-    encoder.encode([])
+  assert done.stdout == f"11 prompts in {folder}\n"  # and the negative one
+  assert {f: f.stat().st_mtime_ns for f in kept} == kept
+  assert len(batches(folder)) == 6
+  found = cached_embeddings(encoder, prompts, folder)
+  assert_same(found, encoder.encode(prompts))

@@ -14,7 +14,12 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from digen_jax.errors import UserError
 from digen_jax.models import text
-from digen_jax.models.text.t5 import T5Config, relative_buckets, t5_encode
+from digen_jax.models.text.t5 import (
+  T5Config,
+  UMT5Config,
+  relative_buckets,
+  t5_encode,
+)
 from digen_jax.weights.text import load_text_encoder, save_text_encoder
 
 # Heads times their size is not the width, as in T5-XXL's smaller siblings.
@@ -30,10 +35,14 @@ SIZES = dict(
 )
 
 
-def reference(**settings) -> transformers.T5EncoderModel:
+def reference(umt5=False, **settings):
   """A model whose every parameter is random, norm scales included."""
-  config = transformers.T5Config(**(SIZES | settings))
-  model = transformers.T5EncoderModel(config)
+  if umt5:
+    config = transformers.UMT5Config(**(SIZES | settings))
+    model = transformers.UMT5EncoderModel(config)
+  else:
+    config = transformers.T5Config(**(SIZES | settings))
+    model = transformers.T5EncoderModel(config)
   generator = torch.Generator().manual_seed(0)
   for name, parameter in model.named_parameters():
     noise = torch.randn(parameter.shape, generator=generator)
@@ -76,8 +85,10 @@ def expected(model, ids, mask=None):
     (dict(feed_forward_proj="gated-gelu"), 61),
     (dict(feed_forward_proj="relu", layer_norm_epsilon=1e-2), 17),
     (dict(feed_forward_proj="gated-gelu", num_layers=1), 1),
+    (dict(umt5=True), 61),
+    (dict(umt5=True, feed_forward_proj="relu", layer_norm_epsilon=1e-2), 9),
   ],
-  ids=["gated", "relu", "one_token"],
+  ids=["gated", "relu", "one_token", "umt5", "umt5_relu"],
 )
 def test_parity(tmp_path, settings, length):
   model = reference(**settings)
@@ -88,8 +99,9 @@ def test_parity(tmp_path, settings, length):
   assert np.abs(theirs).max() > 1
 
 
-def test_masked_padding(tmp_path):
-  model = reference(feed_forward_proj="gated-gelu")
+@pytest.mark.parametrize("umt5", [False, True])
+def test_masked_padding(tmp_path, umt5):
+  model = reference(umt5, feed_forward_proj="gated-gelu")
   model.save_pretrained(tmp_path)
   ids, mask = prompts(13)
   ours = output(tmp_path, ids, mask)
@@ -140,9 +152,10 @@ def renamed(tensors):
   return tensors
 
 
+@pytest.mark.parametrize("umt5", [False, True])
 @pytest.mark.parametrize("change", [duplicated, renamed])
-def test_tied_embedding_under_either_name(tmp_path, change):
-  model = reference(feed_forward_proj="gated-gelu")
+def test_tied_embedding_under_either_name(tmp_path, change, umt5):
+  model = reference(umt5, feed_forward_proj="gated-gelu")
   model.save_pretrained(tmp_path)
   rewrite(tmp_path, change)
   ids, _ = prompts(7)
@@ -171,11 +184,12 @@ def test_bfloat16_compute(tmp_path):
   assert ours.dtype == np.float32 and 1e-4 < error < 2e-2
 
 
-@pytest.mark.parametrize("feed_forward", ["relu", "gated-gelu"])
-def test_saved_encoder_loads_in_transformers(tmp_path, feed_forward):
-  config = T5Config(
-    **SIZES, feed_forward_proj=feed_forward, layer_norm_epsilon=1e-4
-  )
+@pytest.mark.parametrize(
+  ("cls", "feed_forward"),
+  [(T5Config, "relu"), (T5Config, "gated-gelu"), (UMT5Config, "gated-gelu")],
+)
+def test_saved_encoder_loads_in_transformers(tmp_path, cls, feed_forward):
+  config = cls(**SIZES, feed_forward_proj=feed_forward, layer_norm_epsilon=1e-4)
   encoder = text.create_text_encoder(config, jax.random.key(0))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
@@ -184,9 +198,9 @@ def test_saved_encoder_loads_in_transformers(tmp_path, feed_forward):
   )
   encoder = dataclasses.replace(encoder, params=params)
   save_text_encoder(encoder, tmp_path)
-  model, report = transformers.T5EncoderModel.from_pretrained(
-    tmp_path, output_loading_info=True
-  )
+  name = "UMT5" if cls is UMT5Config else "T5"
+  theirs = getattr(transformers, f"{name}EncoderModel")
+  model, report = theirs.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
   ids, _ = prompts(7)
   ours = jax.jit(encoder.encode)(params, ids)
@@ -209,7 +223,7 @@ def test_weights_that_do_not_match(tmp_path):
   ("change", "message"),
   [
     (dict(feed_forward_proj="gated-silu"), "'gated-silu' is not supported"),
-    (dict(model_type="umt5"), "model_type 'umt5' is not supported"),
+    (dict(model_type="mt5"), "model_type 'mt5' is not supported"),
   ],
 )
 def test_unsupported_config(tmp_path, change, message):

@@ -1,299 +1,283 @@
-"""Prompts to conditioning: tokenizers, text encoders, and a cache on disk."""
+"""Sets of prompt embeddings on disk: encoded once, mapped into memory.
+
+A set is a directory. `embeddings.json` says which encoder and settings it was
+made with; every other file holds one batch, in safetensors format:
+
+  prompts  uint8 [bytes]      JSON list of the n prompts, UTF-8
+  text     [sum(rows), D]     token features, zeros at the end of each left out
+  rows     int32 [n]          how many of them each prompt has
+  length   int32 [n]          T to pad them to; where there is a mask, `rows`
+  valid    int32 [n]          True entries of the mask, for families with one
+  pooled   [n, P]             for families with pooled features
+
+A batch is written aside and renamed, so that a killed writer leaves whole
+batches; whoever goes on encodes only what is missing. Batches are named by
+their content: two writers do not disturb each other.
+"""
 
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
-import os
-import zipfile
-import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.typing import DTypeLike
+from safetensors.numpy import save_file
 
+from digen_jax.atomic import replacing, write_text
+from digen_jax.data.prompt_encoder import PromptEncoder
 from digen_jax.errors import UserError
-from digen_jax.models.text import Config, TextEncoder
 from digen_jax.types import Conditioning
-from digen_jax.weights import load
-from digen_jax.weights.text import load_text_encoder, read_text_config
+from digen_jax.weights.load import read_json
+from digen_jax.weights.safetensors import Tensor, read_header
 
 logger = logging.getLogger(__name__)
 
-# What FLUX pads T5's tokens to, unless the tokenizer's own limit is lower.
-T5_MAX_LENGTH = 512
-# Part of the cache key: raise it when the meaning of cached arrays changes.
-CACHE_VERSION = 1
-FINGERPRINTED = (".json", ".model", ".safetensors", ".txt")
-COMPONENTS = {
-  "text_encoder": "CLIPTextModel",
-  "text_encoder_2": "T5EncoderModel",
-}
+MANIFEST = "embeddings.json"
+# (prompts done, prompts to do), whenever a batch is on disk.
+Report = Callable[[int, int], None]
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptEncoder:
-  """The text encoders of a FLUX pipeline directory; see `encode`.
-
-  Weights are read when they are first needed: a cached set of prompts costs
-  neither the reading nor the memory.
+class Embedding:
+  """Where one prompt's embedding lies.
 
   Attributes:
-    directory: of the pipeline.
-    clip_tokenizer: transformers' tokenizer of the first encoder.
-    t5_tokenizer: of the second one.
-    clip_length: tokens that CLIP's prompts are padded or cut to.
-    t5_length: tokens that T5's prompts are padded or cut to.
-    dtype: compute, parameter and output dtype.
-    batch_size: most prompts encoded at once.
+    text: tensor that holds its token features.
+    start: first of its rows.
+    stop: after the last of its rows.
+    length: tokens to pad them to.
+    valid: True entries of its mask, or None.
+    pooled: tensor that holds its pooled features, or None.
+    place: row of `pooled`.
   """
 
-  directory: Path
-  clip_tokenizer: Any
-  t5_tokenizer: Any
-  clip_length: int
-  t5_length: int
+  text: Tensor
+  start: int
+  stop: int
+  length: int
+  valid: int | None
+  pooled: Tensor | None
+  place: int
+
+  def text_rows(self) -> np.ndarray:
+    """[rows, D] mapped token features."""
+    return self.text.view()[self.start : self.stop]
+
+  def pooled_row(self) -> np.ndarray:
+    """[P] mapped pooled features."""
+    return self.pooled.view()[self.place]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Rows:
+  """An array [N, ...] whose rows stay on disk until they are indexed.
+
+  Attributes:
+    readers: N functions, each giving its row, or the beginning of it.
+    shape: of the whole array; the rest of a row is zeros.
+    dtype: of its elements.
+  """
+
+  readers: Sequence[Callable[[], np.ndarray]]
+  shape: tuple[int, ...]
   dtype: np.dtype
-  batch_size: int
 
-  def encode(self, prompts: Sequence[str]) -> Conditioning:
-    """Encodes prompts as diffusers' FLUX pipeline does.
+  def __len__(self) -> int:
+    return self.shape[0]
 
-    CLIP gives the pooled features, T5 the token features; padding is attended
-    to, prompts that are too long are cut.
+  def __getitem__(self, index: Any) -> np.ndarray:
+    """The rows that an index of the first axis selects, in memory."""
+    chosen = np.arange(len(self))[index]
+    out = np.zeros((chosen.size, *self.shape[1:]), self.dtype)
+    for place, number in zip(out, chosen.ravel()):
+      row = self.readers[number]()
+      place[: len(row)] = row
+    return out.reshape(chosen.shape + self.shape[1:])
 
-    Args:
-      prompts: B texts.
-
-    Returns:
-      Host arrays of the encoder's dtype: `text` [B, T, D], `pooled` [B, P].
-
-    Raises:
-      UserError: no prompts, or weights that cannot be read.
-    """
-    if not prompts:
-      raise UserError("no prompts to encode: give at least one")
-    clip_ids, t5_ids = self.tokenize(prompts)
-    batch = min(self.batch_size, len(prompts))
-    parts = []
-    for start in range(0, len(prompts), batch):
-      rows = np.arange(start, start + batch).clip(max=len(prompts) - 1)
-      parts.append(self._encode_batch(clip_ids[rows], t5_ids[rows]))
-    text, pooled = (
-      np.concatenate([np.asarray(part[i]) for part in parts])[: len(prompts)]
-      for i in range(2)
-    )
-    return Conditioning(text=text, pooled=pooled)
-
-  def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """B texts -> CLIP ids [B, clip_length], T5 ids [B, t5_length], int32."""
-    return (
-      _tokenize(self.clip_tokenizer, prompts, self.clip_length),
-      _tokenize(self.t5_tokenizer, prompts, self.t5_length),
-    )
-
-  @functools.cached_property
-  def encoders(self) -> tuple[TextEncoder, TextEncoder]:
-    """CLIP and T5, read on first use."""
-    clip, t5 = (
-      load_text_encoder(self.directory / name, dtype=self.dtype)
-      for name in COMPONENTS
-    )
-    return clip, t5
-
-  @functools.cached_property
-  def fingerprint(self) -> str:
-    """Hash of all that determines an embedding but the prompt itself."""
-    settings = (
-      CACHE_VERSION,
-      self.clip_length,
-      self.t5_length,
-      self.dtype.name,
-    )
-    digest = hashlib.sha256(repr(settings).encode())
-    for component in (*COMPONENTS, "tokenizer", "tokenizer_2"):
-      for file in sorted((self.directory / component).iterdir()):
-        if file.suffix not in FINGERPRINTED:
-          continue
-        with open(file, "rb") as stream:
-          content = hashlib.file_digest(stream, "sha256").hexdigest()
-        digest.update(f"{component}/{file.name} {content}\n".encode())
-    return digest.hexdigest()
-
-  def _encode_batch(
-    self, clip_ids: np.ndarray, t5_ids: np.ndarray
-  ) -> tuple[jax.Array, jax.Array]:
-    clip, t5 = self.encoders
-    _, pooled = _jit_encode(clip.encode, clip.params, clip_ids)
-    text = _jit_encode(t5.encode, t5.params, t5_ids)
-    return text.astype(self.dtype), pooled.astype(self.dtype)
-
-
-def load_prompt_encoder(
-  directory: str | Path,
-  *,
-  dtype: DTypeLike | None = None,
-  max_length: int | None = None,
-  batch_size: int = 16,
-) -> PromptEncoder:
-  """Opens the tokenizers and text encoders of a FLUX pipeline directory.
-
-  Args:
-    directory: of the pipeline, with `model_index.json`.
-    dtype: compute, parameter and output dtype; None means float32.
-    max_length: tokens for T5; None means 512, or the tokenizer's
-      `model_max_length` where that is lower.
-    batch_size: most prompts encoded at once.
-
-  Raises:
-    UserError: not such a directory, a component missing or unsupported, or
-      a tokenizer with ids that its encoder does not have.
-  """
-  directory = Path(directory)
-  index = load.read_json(directory / "model_index.json")
-  for name, supported in COMPONENTS.items():
-    found = (index.get(name) or [None])[-1]
-    if found != supported:
-      raise UserError(
-        f"{directory}/model_index.json: {name} is {found!r}, only FLUX's "
-        f"{supported} is supported"
-      )
-  clip_config, t5_config = (
-    read_text_config(directory / name) for name in COMPONENTS
-  )
-  clip = _load_tokenizer(directory / "tokenizer", "CLIPTokenizer", clip_config)
-  t5 = _load_tokenizer(directory / "tokenizer_2", "T5TokenizerFast", t5_config)
-  return PromptEncoder(
-    directory=directory,
-    clip_tokenizer=clip,
-    t5_tokenizer=t5,
-    clip_length=min(clip.model_max_length, clip_config.max_position_embeddings),
-    t5_length=max_length or min(T5_MAX_LENGTH, t5.model_max_length),
-    dtype=jnp.dtype(dtype or jnp.float32),
-    batch_size=batch_size,
-  )
+  def __array__(
+    self, dtype: Any = None, copy: bool | None = None
+  ) -> np.ndarray:
+    """The whole array, in memory."""
+    del copy  # always one
+    return self[:].astype(dtype or self.dtype, copy=False)
 
 
 def cached_embeddings(
-  encoder: PromptEncoder, prompts: Sequence[str], path: str | Path
+  encoder: PromptEncoder,
+  prompts: Sequence[str],
+  directory: str | Path,
+  report: Report | None = None,
 ) -> Conditioning:
-  """`encoder.encode(prompts)`, kept in a file.
+  """`encoder.encode(prompts)`, kept in a set on disk.
 
-  A file of other prompts, another encoder or other settings, and one that is
-  damaged, is replaced. It is written aside and renamed: a reader sees the old
-  file or the new one.
+  Prompts that the set lacks are encoded and added to it.
 
   Args:
     encoder: from `load_prompt_encoder`.
-    prompts: B texts.
-    path: the file, `.npz`; its directory is made if it is missing.
+    prompts: B texts; repeated ones are encoded once.
+    directory: of the set; made if it is missing.
+    report: is told how far it is.
+
+  Returns:
+    Conditioning whose `text` and `pooled` are read from disk when they are
+    indexed, see `Rows`; equal to what `encode` gives.
+
+  Raises:
+    UserError: the set is of another encoder or other settings, or no set.
   """
-  path = Path(path)
-  key = hashlib.sha256(
-    json.dumps([encoder.fingerprint, list(prompts)]).encode()
-  ).hexdigest()
-  cached = _read_cache(path, key, encoder.dtype)
-  if cached is not None:
-    return cached
-  conditioning = encoder.encode(prompts)
-  _write_cache(path, key, conditioning)
-  return conditioning
+  if not prompts:
+    raise UserError("no prompts to encode: give at least one")
+  directory = Path(directory)
+  check_set(encoder, directory)
+  known = read_set(directory)
+  distinct = list(dict.fromkeys(prompts))
+  missing = [i for i, prompt in enumerate(distinct) if prompt not in known]
+  if missing:
+    _encode_missing(encoder, distinct, np.array(missing), directory, report)
+    known = read_set(directory)
+  return _gather([known[prompt] for prompt in prompts], encoder.dtype)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _jit_encode(encode: Any, params: Any, ids: jax.Array) -> Any:
-  return encode(params, ids)
-
-
-def _load_tokenizer(directory: Path, class_name: str, config: Config) -> Any:
-  """A tokenizer whose every id has a row in its encoder's table."""
-  # Without torch transformers advises to install it, which is not needed.
-  os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-  import transformers
-
+def check_set(encoder: PromptEncoder, directory: Path) -> None:
+  """Raises UserError where a directory cannot be a set of this encoder's."""
+  if not directory.exists():
+    return
   if not directory.is_dir():
-    raise UserError(f"tokenizer directory {directory} does not exist")
-  try:
-    cls = getattr(transformers, class_name)
-    tokenizer = cls.from_pretrained(directory, local_files_only=True)
-  # transformers and tokenizers raise whatever a damaged file leads them to.
-  except Exception as error:
-    reason = " ".join(str(error).split())
-    raise UserError(
-      f"cannot read the {class_name} in {directory} ({reason}); copy it again"
-    ) from error
-  largest = max(tokenizer.get_vocab().values())
-  if largest >= config.vocab_size:
-    raise UserError(
-      f"the tokenizer in {directory} has ids up to {largest}, its encoder "
-      f"only {config.vocab_size} rows; take both from the same checkpoint"
-    )
-  return tokenizer
-
-
-def _tokenize(
-  tokenizer: Any, prompts: Sequence[str], length: int
-) -> np.ndarray:
-  """B texts -> [B, length] int32 ids, ended, padded and cut."""
-  prompts = list(prompts)
-  whole = tokenizer(prompts, verbose=False).input_ids
-  cut = [text for text, ids in zip(prompts, whole) if len(ids) > length]
-  if cut:
-    logger.warning(
-      "%d of %d prompts are longer than %d tokens and were cut, first: %r",
-      len(cut),
-      len(prompts),
-      length,
-      cut[0],
-    )
-  padded = tokenizer(
-    prompts, padding="max_length", max_length=length, truncation=True
-  )
-  return np.asarray(padded.input_ids, np.int32)
-
-
-def _read_cache(path: Path, key: str, dtype: np.dtype) -> Conditioning | None:
-  """What the file holds, or None if it is absent, stale or damaged."""
-  try:
-    # Opened here: np.load leaves a damaged file open.
-    with open(path, "rb") as file, np.load(file) as archive:
-      if str(archive["key"]) != key:
-        return None
-      # Bytes: numpy's format does not know bfloat16.
-      text, pooled = (archive[name].view(dtype) for name in ("text", "pooled"))
-  except FileNotFoundError:
-    return None
-  except (
-    OSError,
-    EOFError,
-    KeyError,
-    ValueError,
-    zipfile.BadZipFile,
-    zlib.error,
-  ) as error:
-    logger.warning("%s is damaged (%s): encoding again", path, error)
-    return None
-  return Conditioning(text=text, pooled=pooled)
-
-
-def _write_cache(path: Path, key: str, conditioning: Conditioning) -> None:
-  path.parent.mkdir(parents=True, exist_ok=True)
-  aside = path.with_name(f".{path.name}.{os.getpid()}")
-  try:
-    with open(aside, "wb") as stream:
-      np.savez(
-        stream,
-        key=np.asarray(key),
-        text=conditioning.text.view(np.uint8),
-        pooled=conditioning.pooled.view(np.uint8),
+    raise UserError(f"{directory} is a file; name a directory for embeddings")
+  if not (directory / MANIFEST).exists():
+    if any(directory.iterdir()):
+      raise UserError(
+        f"{directory} is not empty and has no {MANIFEST}: name another "
+        "directory for embeddings"
       )
-      stream.flush()
-      os.fsync(stream.fileno())
-    os.replace(aside, path)
-  finally:
-    aside.unlink(missing_ok=True)
+    return
+  theirs = read_json(directory / MANIFEST)
+  ours = _manifest(encoder)
+  if theirs.get("fingerprint") == ours["fingerprint"]:
+    return
+  differ = [
+    f"{name} is {theirs.get(name)!r}, now {value!r}"
+    for name, value in ours.items()
+    if name not in ("fingerprint", "encoders") and theirs.get(name) != value
+  ]
+  if theirs.get("encoders") != ours["encoders"]:
+    differ.append("the files of its text encoders or tokenizers are others")
+  raise UserError(
+    f"the embeddings in {directory} were made differently: "
+    f"{'; '.join(differ) or 'the record is damaged'}; name another directory "
+    "for embeddings, or delete this one"
+  )
+
+
+def read_set(directory: Path) -> dict[str, Embedding]:
+  """What a set holds, by prompt; damaged files are passed over."""
+  known: dict[str, Embedding] = {}
+  for file in sorted(directory.glob("[!.]*.safetensors")):
+    try:
+      known.update(_read_batch(file))
+    except (UserError, KeyError, ValueError) as error:
+      logger.warning("%s is damaged, encoding again: %s", file, error)
+  return known
+
+
+def _manifest(encoder: PromptEncoder) -> dict[str, Any]:
+  return encoder.settings | {"fingerprint": encoder.fingerprint}
+
+
+def _encode_missing(
+  encoder: PromptEncoder,
+  prompts: list[str],
+  missing: np.ndarray,
+  directory: Path,
+  report: Report | None,
+) -> None:
+  # All of them: what they are padded to should not depend on what is missing.
+  tokens = encoder.tokenize(prompts)
+  done = 0
+  for batch in encoder.encode_tokens(tokens, missing):
+    if not done:  # nothing is written before the first batch is there
+      directory.mkdir(parents=True, exist_ok=True)
+      text = json.dumps(_manifest(encoder), indent=2)
+      write_text(directory / MANIFEST, text + "\n")
+    count = len(batch.text)
+    names = [prompts[i] for i in missing[done : done + count]]
+    _write_batch(directory, names, batch)
+    done += count
+    if report is not None:
+      report(done, len(missing))
+
+
+def _write_batch(
+  directory: Path, prompts: Sequence[str], batch: Conditioning
+) -> None:
+  """Writes n prompts' embeddings as one file."""
+  kept = [_without_last_zeros(row) for row in batch.text]
+  rows = np.array([len(row) for row in kept], np.int32)
+  name = json.dumps(list(prompts)).encode()
+  tensors = {
+    "prompts": np.frombuffer(name, np.uint8),
+    "text": np.concatenate(kept),
+    "rows": rows,
+    "length": np.full_like(rows, batch.text.shape[1]),
+  }
+  if batch.mask is not None:
+    tensors["valid"] = batch.mask.sum(axis=1, dtype=np.int32)
+    tensors["length"] = rows
+  if batch.pooled is not None:
+    tensors["pooled"] = batch.pooled
+  tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
+  stem = hashlib.sha256(name).hexdigest()[:24]
+  with replacing(directory / f"{stem}.safetensors") as path:
+    save_file(tensors, path)
+
+
+def _without_last_zeros(row: np.ndarray) -> np.ndarray:
+  """[T, D] -> its beginning, up to the last token that is not all zeros."""
+  used = np.flatnonzero(row.any(axis=-1))
+  return row[: used[-1] + 1 if len(used) else 0]
+
+
+def _read_batch(file: Path) -> Iterable[tuple[str, Embedding]]:
+  """Each prompt of a file, and where its embedding lies."""
+  tensors = read_header(file)
+  prompts = json.loads(tensors["prompts"].view().tobytes())
+  rows, length = tensors["rows"].view(), tensors["length"].view()
+  valid = tensors["valid"].view() if "valid" in tensors else None
+  stops = np.cumsum(rows)
+  return [
+    (
+      prompt,
+      Embedding(
+        text=tensors["text"],
+        start=int(stops[i] - rows[i]),
+        stop=int(stops[i]),
+        length=int(length[i]),
+        valid=None if valid is None else int(valid[i]),
+        pooled=tensors.get("pooled"),
+        place=i,
+      ),
+    )
+    for i, prompt in enumerate(prompts)
+  ]
+
+
+def _gather(found: Sequence[Embedding], dtype: np.dtype) -> Conditioning:
+  """The conditioning of prompts that a set holds."""
+  count, first = len(found), found[0]
+  length = max(e.length for e in found)
+  text = Rows(
+    [e.text_rows for e in found],
+    (count, length, first.text.shape[-1]),
+    dtype,
+  )
+  pooled = mask = None
+  if first.pooled is not None:
+    shape = (count, first.pooled.shape[-1])
+    pooled = Rows([e.pooled_row for e in found], shape, dtype)
+  if first.valid is not None:
+    valid = np.array([e.valid for e in found])
+    mask = np.arange(length)[None] < valid[:, None]
+  return Conditioning(text=text, pooled=pooled, mask=mask)

@@ -29,6 +29,7 @@ from digen_jax.models import (
 )
 from digen_jax.models.layers import Params
 from digen_jax.weights import names, safetensors
+from digen_jax.weights.hub import local_checkpoint
 from digen_jax.weights.names import Entry, NameMap
 from digen_jax.weights.safetensors import Tensor
 
@@ -45,8 +46,10 @@ COMPONENT_FILES = {
   "scheduler": (("scheduler_config.json",),),
   "text_encoder": (("config.json",), WEIGHTS),
   "text_encoder_2": (("config.json",), WEIGHTS),
+  "text_encoder_3": (("config.json",), WEIGHTS),
   "tokenizer": (TOKENIZER,),
   "tokenizer_2": (TOKENIZER,),
+  "tokenizer_3": (TOKENIZER,),
 }
 
 FINGERPRINTED = (".json", ".safetensors")
@@ -71,21 +74,19 @@ class PipelineConfig:
 
 
 def load_pipeline_config(
-  path: str | Path, components: Sequence[str] = tuple(COMPONENT_FILES)
+  path: str | Path, components: Sequence[str] | None = None
 ) -> PipelineConfig:
   """Reads a pipeline's index and checks that its files are there.
 
   Args:
-    path: a diffusers pipeline directory.
-    components: what is needed of it.
+    path: a diffusers pipeline directory, or its id on the hub.
+    components: what is needed of it; None means all that its index lists.
 
   Raises:
     UserError: no pipeline, one of another family, or missing files (all of
       them are listed).
   """
-  path = Path(path)
-  if not path.is_dir():
-    raise UserError(f"checkpoint directory {path} does not exist")
+  path = local_checkpoint(path)
   if not (path / "model_index.json").exists():
     raise UserError(
       f"{path} has no model_index.json: give a whole pipeline directory, as "
@@ -99,6 +100,8 @@ def load_pipeline_config(
       f"{path} holds a {name}, which is not supported; supported: "
       f"{', '.join(sorted(pipelines))}"
     )
+  if components is None:
+    components = [c for c in COMPONENT_FILES if any(index.get(c) or ())]
   missing = [
     f"{component}/{' or '.join(choices)}"
     for component in components
@@ -129,7 +132,8 @@ def load_model(
   """Loads a denoiser from a diffusers directory.
 
   Args:
-    path: a transformer's directory, or a pipeline's (its `transformer`).
+    path: a transformer's directory, or a pipeline's (its `transformer`), or
+      the id of either on the hub.
     dtype: compute dtype; None means float32.
     param_dtype: of the parameters; None means `dtype`. Float32 parameters
       with bfloat16 compute are what training wants.
@@ -245,9 +249,7 @@ def read_params(
 
 def module_directory(path: str | Path, component: str) -> Path:
   """`path` itself if it is a module, or its `component` if a pipeline."""
-  path = Path(path)
-  if not path.is_dir():
-    raise UserError(f"checkpoint directory {path} does not exist")
+  path = local_checkpoint(path)
   if (path / "model_index.json").exists():
     path = path / component
   if not (path / "config.json").exists():
@@ -269,7 +271,7 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
     path: directory of a pipeline or a module.
     lora: file or directory of adapters to start from; "" for none.
   """
-  path, digest = Path(path), hashlib.sha256()
+  path, digest = local_checkpoint(path), hashlib.sha256()
   files = [*path.glob("*"), *path.glob("*/*")]
   for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
     _digest(digest, file.relative_to(path).as_posix(), file)

@@ -5,34 +5,58 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors.numpy import save_file
 
+from digen_jax.errors import UserError
 from digen_jax.models import text
-from digen_jax.models.text import TextEncoder, clip
-from digen_jax.weights import load, names
+from digen_jax.models.text import TextEncoder, clip, decoder, t5
+from digen_jax.parallel.rules import ROLLOUT, Rules, param_shardings
+from digen_jax.weights import load, names, safetensors
 from digen_jax.weights.text_names import text_names
 
 
 def load_text_encoder(
-  directory: str | Path, *, dtype: DTypeLike | None = None
+  directory: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  skip_layers: int = 0,
+  mesh: jax.sharding.Mesh | None = None,
+  rules: Rules | None = None,
 ) -> TextEncoder:
-  """Loads a CLIP text encoder or a T5 encoder.
+  """Loads CLIP, T5, umT5, Llama, or the language model of Qwen2.5-VL.
 
   Args:
     directory: holds `config.json` and safetensors files.
     dtype: compute and parameter dtype; None means float32.
+    skip_layers: blocks at the end of a language model that are not read, see
+      `models/text/decoder.py`.
+    mesh: where to place the parameters; None means the default device.
+    rules: layout on the mesh, see `parallel/rules.py`; None means its
+      `ROLLOUT`.
 
   Raises:
     UserError: not such a directory, an unsupported encoder, or weights that
       do not match the configuration (named tensor and file).
   """
   config = read_text_config(directory, dtype=dtype)
+  if skip_layers:
+    config = dataclasses.replace(config, skip_layers=skip_layers)
   model = text.abstract_text_encoder(config)
+  shardings = None
+  if mesh is not None:
+    shardings = param_shardings(
+      mesh, model.logical_axes, model.params, rules or ROLLOUT
+    )
   params = load.read_params(
-    directory, model.params, text_names(config), dtype=config.dtype
+    directory,
+    model.params,
+    text_names(config, safetensors.list_tensors(directory)),
+    dtype=config.dtype,
+    shardings=shardings,
   )
   return dataclasses.replace(model, params=params)
 
@@ -51,14 +75,19 @@ def save_text_encoder(
   *,
   dtype: DTypeLike = jnp.float32,
 ) -> None:
-  """Writes a text encoder so that transformers 4 and 5 load it.
+  """Writes CLIP, T5 or umT5 so that transformers 4 and 5 load it.
 
   Args:
     encoder: what to write.
     directory: made if it is missing; receives `config.json` and
       `model.safetensors`.
     dtype: of the stored tensors, float32 or bfloat16.
+
+  Raises:
+    UserError: a language model; there is no way to make a new one here.
   """
+  if isinstance(encoder.config, decoder.DecoderConfig):
+    raise UserError("cannot write a language model: copy its checkpoint")
   directory = Path(directory)
   directory.mkdir(parents=True, exist_ok=True)
   tensors = {}
@@ -80,6 +109,11 @@ def _config_json(config: text.Config, dtype: DTypeLike) -> dict[str, Any]:
   if isinstance(config, clip.ClipTextConfig):
     # Unset, they default to ids of OpenAI's vocabulary.
     absent = {"bos_token_id": None, "pad_token_id": None}
-    kind = {"architectures": ["CLIPTextModel"], "model_type": "clip_text_model"}
+    projects = config.projection_dim is not None
+    name = f"CLIPTextModel{'WithProjection' * projects}"
+    kind = {"architectures": [name], "model_type": "clip_text_model"}
     return kind | sizes | absent
-  return {"architectures": ["T5EncoderModel"], "model_type": "t5"} | sizes
+  own = isinstance(config, t5.UMT5Config)
+  name, model_type = ("UMT5", "umt5") if own else ("T5", "t5")
+  architecture = {"architectures": [f"{name}EncoderModel"]}
+  return architecture | {"model_type": model_type} | sizes

@@ -12,9 +12,18 @@ from jax.typing import DTypeLike
 from digen_jax.errors import UserError
 from digen_jax.models import layers
 from digen_jax.models.layers import Params
-from digen_jax.models.text import clip, t5
+from digen_jax.models.text import clip, decoder, t5
 
-Config = clip.ClipTextConfig | t5.T5Config
+Config = clip.ClipTextConfig | t5.T5Config | decoder.DecoderConfig
+
+# model_type in `config.json` -> its reader.
+PARSERS = {
+  "clip_text_model": clip.parse_config,
+  "t5": t5.parse_config,
+  "umt5": t5.parse_config,
+  "llama": decoder.parse_config,
+  "qwen2_5_vl": decoder.parse_config,
+}
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,7 +44,7 @@ class TextEncoder:
 
   @property
   def encode(self) -> layers.Bound:
-    """`encode(params, ids)`: `clip_encode` or `t5_encode`."""
+    """`encode(params, ids, ...)`: the encoder's `*_encode` function."""
     _, function = _kind(self.config)
     return layers.Bound(function, self.graphdef)
 
@@ -44,6 +53,8 @@ def _kind(config: Config) -> tuple[type[nnx.Module], Any]:
   """The module class and the pure function of a config record."""
   if isinstance(config, clip.ClipTextConfig):
     return clip.ClipTextEncoder, clip.clip_encode
+  if isinstance(config, decoder.DecoderConfig):
+    return decoder.Decoder, decoder.decoder_encode
   return t5.T5Encoder, t5.t5_encode
 
 
@@ -66,9 +77,6 @@ def abstract_text_encoder(config: Config) -> TextEncoder:
   return TextEncoder(config, graphdef, params, layers.logical_axes(module))
 
 
-CONFIGS = {"clip_text_model": clip.ClipTextConfig, "t5": t5.T5Config}
-
-
 def parse_config(
   raw: Mapping[str, Any], *, dtype: DTypeLike = jnp.float32
 ) -> Config:
@@ -76,18 +84,15 @@ def parse_config(
 
   Only the sizes are read; the file also holds training and generation
   settings without influence on the encoder. Absent sizes take transformers'
-  defaults, which are those of the records.
+  defaults.
 
   Raises:
     UserError: not a supported encoder, or an unsupported value.
   """
   kind = raw.get("model_type")
-  if kind not in CONFIGS:
+  if kind not in PARSERS:
     raise UserError(
       f"text encoder of model_type {kind!r} is not supported; supported: "
-      f"{', '.join(CONFIGS)}"
+      f"{', '.join(PARSERS)}"
     )
-  cls = CONFIGS[kind]
-  names = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
-  sizes = {name: raw[name] for name in names & raw.keys()}
-  return cls(**sizes, dtype=dtype)
+  return PARSERS[kind](raw, dtype)

@@ -5,7 +5,8 @@ Language Supervision", section 2.4.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +36,8 @@ class ClipTextConfig:
     hidden_act: "quick_gelu" or "gelu" (exact).
     eos_token_id: the token whose state is the pooled output; 2 means the
       highest id in the sequence.
+    projection_dim: width that the pooled output is projected to; None leaves
+      it as it is.
     dtype: compute dtype of matrix products; the residual stream, norms and
       softmax are float32.
   """
@@ -48,6 +51,7 @@ class ClipTextConfig:
   hidden_act: str = "quick_gelu"
   layer_norm_eps: float = 1e-5
   eos_token_id: int = 49407
+  projection_dim: int | None = None
   dtype: Any = jnp.float32
 
   def __post_init__(self):
@@ -66,6 +70,33 @@ class ClipTextConfig:
       raise UserError(
         f"CLIP eos_token_id {self.eos_token_id!r} must be one integer"
       )
+
+
+def parse_config(raw: Mapping[str, Any], dtype: Any) -> ClipTextConfig:
+  """transformers' `config.json` content -> config record.
+
+  The file names a projection's size whether there is a projection or not.
+  """
+  names = {f.name for f in dataclasses.fields(ClipTextConfig)} - {"dtype"}
+  if "CLIPTextModelWithProjection" not in (raw.get("architectures") or ()):
+    names -= {"projection_dim"}
+  sizes = {name: raw[name] for name in names & raw.keys()}
+  return ClipTextConfig(**sizes, dtype=dtype)
+
+
+class ClipStates(NamedTuple):
+  """What CLIP makes of a batch of prompts, float32.
+
+  Attributes:
+    last: [B, T, d] token states after the last norm.
+    penultimate: [B, T, d] token states on entry to the last block.
+    pooled: [B, d] state at each row's first end token, or [B, projection_dim],
+      its projection.
+  """
+
+  last: jax.Array
+  penultimate: jax.Array
+  pooled: jax.Array
 
 
 class LayerNorm(nnx.Module):
@@ -138,9 +169,22 @@ class ClipTextEncoder(nnx.Module):
       lambda rngs: ClipBlock(config, rngs=rngs), config.num_hidden_layers, rngs
     )
     self.norm_out = LayerNorm(dim, eps=config.layer_norm_eps)
+    self.text_projection = (
+      None
+      if config.projection_dim is None
+      else Linear(
+        dim,
+        config.projection_dim,
+        axes=("embed", None),
+        use_bias=False,
+        dtype=config.dtype,
+        out_dtype=jnp.float32,
+        rngs=rngs,
+      )
+    )
 
-  def __call__(self, ids: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """ids: [B, T] int -> states [B, T, d], pooled [B, d], float32."""
+  def __call__(self, ids: jax.Array) -> ClipStates:
+    """ids: [B, T] int."""
     config = self.config
     length = ids.shape[1]
     if length > config.max_position_embeddings:
@@ -150,27 +194,28 @@ class ClipTextEncoder(nnx.Module):
       )
     positions = self.position_embedding(jnp.arange(length))
     x = self.token_embedding(ids) + positions[None]
-    x = layers.scan_blocks(self.blocks, lambda block, x: block(x), x)
+    x, penultimate = layers.scan_blocks(
+      self.blocks, lambda block, carry: (block(carry[0]), carry[0]), (x, x)
+    )
     x = self.norm_out(x)
     # The first end token: padding may repeat it.
     legacy = config.eos_token_id == LEGACY_EOS_ID
     end = jnp.argmax(ids if legacy else ids == config.eos_token_id, axis=1)
-    return x, x[jnp.arange(x.shape[0]), end]
+    pooled = x[jnp.arange(x.shape[0]), end]
+    if self.text_projection is not None:
+      pooled = self.text_projection(pooled)
+    return ClipStates(x, penultimate, pooled)
 
 
 def clip_encode(
   graphdef: nnx.GraphDef, params: layers.Params, ids: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+) -> ClipStates:
   """Encodes prompts with CLIP.
 
   Args:
     graphdef: of a `ClipTextEncoder`, from `layers.split`.
     params: its parameters, any float dtype.
     ids: [B, T] int32 tokens, each row ended by the end token, then padded.
-
-  Returns:
-    [B, T, d] float32 token states after the last norm, and [B, d] float32,
-    the state at each row's first end token.
 
   Raises:
     UserError: T exceeds the model's positions.

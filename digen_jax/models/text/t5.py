@@ -1,12 +1,16 @@
-"""T5's encoder: a pre-norm transformer with relative position bias.
+"""T5's encoder, and umT5's: pre-norm, with relative position bias.
+
+T5's blocks share one table of biases; umT5's have a table each.
 
 Source: Raffel et al. 2020, "Exploring the Limits of Transfer Learning with a
 Unified Text-to-Text Transformer", section 2.1; gated feed-forward (v1.1):
-Shazeer 2020, "GLU Variants Improve Transformer", eq. 6.
+Shazeer 2020, "GLU Variants Improve Transformer", eq. 6; umT5: Chung et al.
+2023, "UniMax", section 4.
 """
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -56,6 +60,35 @@ class T5Config:
         f"T5 feed_forward_proj {self.feed_forward_proj!r} is not supported; "
         f"one of {', '.join(FEED_FORWARDS)}"
       )
+
+
+@dataclasses.dataclass(frozen=True)
+class UMT5Config(T5Config):
+  """Sizes of an umT5 encoder; names and defaults as in `config.json`."""
+
+  vocab_size: int = 250112
+  d_ff: int = 1024
+  num_layers: int = 8
+  num_heads: int = 6
+  feed_forward_proj: str = "gated-gelu"
+
+
+def parse_config(raw: Mapping[str, Any], dtype: Any) -> T5Config:
+  """transformers' `config.json` content -> config record."""
+  cls = UMT5Config if raw["model_type"] == "umt5" else T5Config
+  names = {f.name for f in dataclasses.fields(cls)} - {"dtype"}
+  return cls(**{name: raw[name] for name in names & raw.keys()}, dtype=dtype)
+
+
+def _bias_table(config: T5Config, rngs: nnx.Rngs) -> Embedding:
+  """A bias for each bucket of distances and each head."""
+  return Embedding(
+    config.relative_attention_num_buckets,
+    config.num_heads,
+    stddev=config.d_model**-0.5,
+    axes=(None, None),
+    rngs=rngs,
+  )
 
 
 def relative_buckets(
@@ -147,6 +180,8 @@ class T5Block(nnx.Module):
     )
     self.norm_2 = RMSNorm(dim, eps=config.layer_norm_epsilon)
     self.ff = T5FeedForward(config, rngs=rngs)
+    own = isinstance(config, UMT5Config)
+    self.relative_bias = _bias_table(config, rngs) if own else None
     self.num_heads = config.num_heads
 
   def __call__(self, x: jax.Array, bias: jax.Array) -> jax.Array:
@@ -172,13 +207,8 @@ class T5Encoder(nnx.Module):
     self.token_embedding = Embedding(
       config.vocab_size, dim, stddev=1.0, axes=("vocab", "embed"), rngs=rngs
     )
-    self.relative_bias = Embedding(
-      config.relative_attention_num_buckets,
-      config.num_heads,
-      stddev=dim**-0.5,
-      axes=(None, None),
-      rngs=rngs,
-    )
+    shared = not isinstance(config, UMT5Config)
+    self.relative_bias = _bias_table(config, rngs) if shared else None
     self.blocks = layers.stack(
       lambda rngs: T5Block(config, rngs=rngs), config.num_layers, rngs
     )
@@ -194,13 +224,21 @@ class T5Encoder(nnx.Module):
       config.relative_attention_num_buckets,
       config.relative_attention_max_distance,
     )
-    bias = self.relative_bias(buckets).transpose(2, 0, 1)[None]
-    if mask is not None:
+
+    def bias(table: Embedding) -> jax.Array:
+      values = table(buckets).transpose(2, 0, 1)[None]
+      if mask is None:
+        return values
       lowest = jnp.finfo(jnp.float32).min
-      bias = jnp.where(mask[:, None, None, :], bias, lowest)
-    x = layers.scan_blocks(
-      self.blocks, lambda block, x: block(x, bias), self.token_embedding(ids)
-    )
+      return jnp.where(mask[:, None, None, :], values, lowest)
+
+    shared = None if self.relative_bias is None else bias(self.relative_bias)
+
+    def step(block: T5Block, x: jax.Array) -> jax.Array:
+      own = block.relative_bias
+      return block(x, shared if own is None else bias(own))
+
+    x = layers.scan_blocks(self.blocks, step, self.token_embedding(ids))
     return self.norm_out(x)
 
 
@@ -210,7 +248,7 @@ def t5_encode(
   ids: jax.Array,
   mask: jax.Array | None = None,
 ) -> jax.Array:
-  """Encodes prompts with T5.
+  """Encodes prompts with T5 or umT5.
 
   Args:
     graphdef: of a `T5Encoder`, from `layers.split`.
