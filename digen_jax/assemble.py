@@ -18,7 +18,7 @@ from digen_jax.models.vae import Autoencoder
 from digen_jax.pipeline.units import Workload
 from digen_jax.placement import Weights
 from digen_jax.policy import Recipe
-from digen_jax.sampling.schedules import schedule_from_config
+from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import load_adapters
 from digen_jax.weights.load import (
@@ -110,24 +110,31 @@ LORA_STREAM = 0x4C4F5241
 def _recipe(
   config: Config, model: Model, autoencoder: Autoencoder, pipeline: Any
 ) -> Recipe:
-  sampling, work = config.sampling, workload(config)
-  height, width, channels = _latent_shape(config, model, autoencoder)
-  seq_len = (height // 2) * (width // 2)
+  sampling, work, family = config.sampling, workload(config), model.family
+  shape = _latent_shape(config, model, autoencoder)
+  unipc = pipeline.scheduler.get("_class_name") == "UniPCMultistepScheduler"
+
+  def schedule(num_steps: int) -> np.ndarray:
+    return schedule_from_config(
+      pipeline.scheduler,
+      num_steps,
+      seq_len=shape[-3] * shape[-2] // PATCH**2,
+      base=family.schedule_base,
+    )
+
   return Recipe(
     apply=model.apply,
     decode=autoencoder.decode,
-    sigmas=schedule_from_config(
-      pipeline.scheduler, sampling.num_steps, seq_len=seq_len
-    ),
-    eval_sigmas=schedule_from_config(
-      pipeline.scheduler, config.eval.num_steps, seq_len=seq_len
-    ),
+    solve=sample_unipc if unipc else sample_ode,
+    sigmas=schedule(sampling.num_steps),
+    eval_sigmas=schedule(config.eval.num_steps),
     kernel_name=sampling.kernel,
     noise_level=sampling.noise_level,
     window=work.window,
     shared_noise=sampling.shared_noise,
-    latent_shape=(height, width, channels),
+    latent_shape=shape,
     guidance_scale=sampling.guidance_scale,
+    rescale_guidance=family.rescale_guidance,
     clip_range=config.train.clip_range,
     kl_weight=config.train.kl_weight,
     rows_per_update=work.rows_per_update,
@@ -135,19 +142,46 @@ def _recipe(
   )
 
 
+PATCH = 2  # latent pixels along the side of a token, in all families
+
+
 def _latent_shape(
   config: Config, model: Model, autoencoder: Autoencoder
-) -> tuple[int, int, int]:
-  sizes = config.sampling.height, config.sampling.width
-  unit = 2 * autoencoder.config.downscale
-  for name, size in zip(("height", "width"), sizes):
+) -> tuple[int, ...]:
+  """(h, w, c) of an image, (f, h, w, c) of a video."""
+  sampling, sizes = config.sampling, autoencoder.config
+  unit = PATCH * sizes.downscale
+  for name in ("height", "width"):
+    size = getattr(sampling, name)
     if size < unit or size % unit:
       raise UserError(
         f"config.sampling.{name}={size} must be a positive multiple of {unit} "
         "for this checkpoint (autoencoder downscaling x latent patch)"
       )
-  height, width = (size // autoencoder.config.downscale for size in sizes)
-  return height, width, model.config.latent_channels
+  if model.config.latent_channels != sizes.latent_channels:
+    raise UserError(
+      f"{config.checkpoint}: the transformer takes latents of "
+      f"{model.config.latent_channels} channels, the autoencoder makes "
+      f"{sizes.latent_channels}: they are not of one pipeline"
+    )
+  height, width = (
+    s // sizes.downscale for s in (sampling.height, sampling.width)
+  )
+  spatial = (height, width, sizes.latent_channels)
+  frames, stride = sampling.num_frames, sizes.temporal_downscale
+  if not model.family.video and frames == 1:
+    return spatial
+  if not model.family.video:
+    raise UserError(
+      f"config.sampling.num_frames={frames}: {model.family.class_name} makes "
+      "images; leave it at 1"
+    )
+  if (frames - 1) % stride:
+    raise UserError(
+      f"config.sampling.num_frames={frames} must be one more than a multiple "
+      f"of {stride} for this checkpoint"
+    )
+  return ((frames - 1) // stride + 1, *spatial)
 
 
 def embedder(
@@ -169,7 +203,6 @@ def embedder(
     max_length=config.sampling.text_length or None,
   )
   directory = config.embeddings or cache
-  guided = getattr(assembly.model.config, "guidance_embeds", False)
 
   def embed(prompts: Sequence[str]) -> Conditioning:
     if directory:
@@ -177,11 +210,7 @@ def embedder(
       conditioning = cached_embeddings(encoder, prompts, directory, report)
     else:
       conditioning = encoder.encode(prompts)
-    if not guided:
-      return conditioning
-    scale = config.sampling.embedded_guidance
-    guidance = np.full(len(prompts), scale, np.float32)
-    return dataclasses.replace(conditioning, guidance=guidance)
+    return with_guidance(config, assembly.model, conditioning)
 
   return embed
 
@@ -206,3 +235,14 @@ def negative_conditioning(
   embed = embed or embedder(assembly)
   conditioning = embed([assembly.config.sampling.negative_prompt])
   return jax.tree.map(np.asarray, conditioning)
+
+
+def with_guidance(
+  config: Config, model: Model, prompts: Conditioning
+) -> Conditioning:
+  """Conditioning with the embedded guidance of models that are told it."""
+  if not getattr(model.config, "guidance_embeds", False):
+    return prompts
+  scale = config.sampling.embedded_guidance
+  guidance = np.full(len(prompts.text), scale, np.float32)
+  return dataclasses.replace(prompts, guidance=guidance)

@@ -39,6 +39,7 @@ class Sampling:
       their rewards differ by what was drawn in the window alone (DanceGRPO).
     height: image height, pixels.
     width: image width, pixels.
+    num_frames: of a video; 1 for images.
     guidance_scale: classifier-free guidance; 1 is off.
     embedded_guidance: the guidance value fed to guidance-distilled models.
     negative_prompt: what classifier-free guidance leads away from.
@@ -54,6 +55,7 @@ class Sampling:
   shared_noise: bool = False
   height: int = 32
   width: int = 32
+  num_frames: int = 1
   guidance_scale: float = 1.0
   embedded_guidance: float = 3.5
   negative_prompt: str = ""
@@ -160,12 +162,14 @@ class Eval:
     num_prompts: how many of them, from the top; 0 means all.
     num_steps: denoising steps of the sampler.
     images: how many samples the picture grids show.
+    fps: frames per second of the videos written.
   """
 
   prompts: str = ""
   num_prompts: int = 64
   num_steps: int = 20
   images: int = 16
+  fps: int = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -315,12 +319,14 @@ def check(config: Config) -> None:
     ("batch.prompts", batch.prompts, 1),
     ("sampling.num_steps", sampling.num_steps, 2),
     ("sampling.text_length", sampling.text_length, 0),
+    ("sampling.num_frames", sampling.num_frames, 1),
     ("train.updates_per_batch", train.updates_per_batch, 1),
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),
     ("eval.images", config.eval.images, 1),
+    ("eval.fps", config.eval.fps, 1),
     ("pipeline.timesteps_per_pack", config.pipeline.timesteps_per_pack, 0),
   ):
     if value < least:

@@ -1,21 +1,26 @@
 """What the launch scripts beside train.py do: sample, evaluate, export."""
 
+import functools
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from PIL import Image
 
 from digen_jax import media
-from digen_jax.assemble import embed, negative_conditioning
+from digen_jax.assemble import embed, negative_conditioning, with_guidance
+from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import read_prompts
+from digen_jax.data.recorded import read_recorded
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
 from digen_jax.models.lora import merge_lora
+from digen_jax.policy import denoise as denoise_with
 from digen_jax.rewards.compose import compose, parse
 from digen_jax.runs import is_run, open_policy, read_config
 from digen_jax.weights.adapters import FILE, save_adapters, train_settings
@@ -69,14 +74,81 @@ def sample_prompts(
     seed,
   )
   rows = []
+  fps = policy.assembly.config.eval.fps
   for i, (text, image) in enumerate(zip(texts, images)):
     slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-    file = f"{i:05d}-{slug}.png"
-    Image.fromarray(image).save(out / file)
+    file = _save(out / f"{i:05d}-{slug}", image, fps)
     rows.append({"file": file, "prompt": text, "seed": seed, "index": i})
   lines = "".join(json.dumps(row) + "\n" for row in rows)
   (out / "samples.jsonl").write_text(lines)
   media.image_grid(images[:GRID], labels=texts[:GRID]).save(out / "grid.png")
+  return len(images)
+
+
+def _save(path: Path, image: np.ndarray, fps: int) -> str:
+  """Writes a picture or a video; the name of the file."""
+  if image.ndim == 4:
+    path = path.with_name(path.name + ".mp4")
+    media.save_video(path, image, fps)
+  else:
+    path = path.with_name(path.name + ".png")
+    Image.fromarray(image).save(path)
+  return path.name
+
+
+def sample_recorded(
+  checkpoint: str | Path,
+  inputs: str | Path,
+  out: str | Path,
+  *,
+  overrides: Mapping[str, Mapping[str, Any]],
+) -> int:
+  """Samples from recorded noise and embeddings, and records every step.
+
+  Writes the pictures and `trajectory.npz`: `latents_after_step` [n, ...] in
+  the layout of the inputs, `image` [B, ...] float32 in [0, 1].
+
+  Args:
+    checkpoint: pipeline directory, or run.
+    inputs: see `data.recorded`.
+    out: directory, made if missing.
+    overrides: config section -> field -> value.
+
+  Returns:
+    How many pictures were written.
+
+  Raises:
+    UserError: bad input.
+  """
+  policy = open_policy(checkpoint, overrides)
+  config, recipe = policy.assembly.config, policy.assembly.recipe
+  recorded = read_recorded(inputs, recipe.latent_shape)
+  prompts, negative = (
+    None if c is None else with_guidance(config, policy.assembly.model, c)
+    for c in match_text(recorded.prompts, recorded.negative)
+  )
+  if config.sampling.guidance_scale == 1.0:
+    negative = None
+  elif negative is None:
+    raise UserError(
+      f"{inputs} has no negative_prompt_embeds, which a guidance scale of "
+      f"{config.sampling.guidance_scale} needs: add them, or set it to 1"
+    )
+  out = _directory(out)
+  with jax.default_matmul_precision("highest"):
+    denoise = jax.jit(functools.partial(denoise_with, recipe, record=True))
+    states = denoise(
+      join(policy.trainable, policy.assembly.weights.frozen),
+      recorded.latents,
+      prompts,
+      negative,
+    )
+    decoder = policy.assembly.weights.decoder
+    images = np.asarray(jax.jit(recipe.decode)(decoder, states[-1]))
+  steps = recorded.theirs(np.asarray(states))
+  np.savez(out / "trajectory.npz", latents_after_step=steps, image=images)
+  for i, image in enumerate(np.round(images * 255).astype(np.uint8)):
+    _save(out / f"{i:05d}", image, config.eval.fps)
   return len(images)
 
 

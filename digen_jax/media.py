@@ -1,7 +1,8 @@
 """Pictures: grids with captions, before and after, best and worst of a group.
 
 Images come as [N, H, W, 3], float in [0, 1] or uint8, or as a list of such
-[H, W, 3]; grids are PIL images.
+[H, W, 3]; grids are PIL images. Of videos [N, F, H, W, 3] they show a few
+frames beside each other; `video_grid` and `save_video` show them move.
 """
 
 import math
@@ -12,12 +13,14 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from digen_jax.atomic import replacing
+from digen_jax.errors import UserError
 
 CELL = 144  # pixels that small images are enlarged to, about
 GAP = 8
 BACKGROUND = (250, 250, 251)
 INK = (38, 41, 48)
 FAINT = (112, 118, 130)
+STILLS = 3  # frames that stand for a video in a picture
 TEXT_LINES = 3  # longer captions end in an ellipsis
 FONT_SIZE = 12
 
@@ -184,12 +187,16 @@ def to_uint8(
 ) -> list[np.ndarray]:
   """[H, W, 3] uint8 images from float in [0, 1] (clipped) or uint8 ones.
 
+  A video [F, H, W, 3] becomes a strip of its first, middle and last frames.
+
   Raises:
     ValueError: no image, or another shape.
   """
   pixels = []
   for image in images:
     image = np.asarray(image)
+    if image.ndim == 4:
+      image = _strip(image)
     if image.ndim != 3 or image.shape[-1] != 3:
       raise ValueError(f"images are [H, W, 3]; got {image.shape}")
     if image.dtype != np.uint8:
@@ -199,6 +206,70 @@ def to_uint8(
   if not pixels:
     raise ValueError("no images to show")
   return pixels
+
+
+def _strip(video: np.ndarray) -> np.ndarray:
+  """[F, H, W, 3] -> [H, STILLS W, 3]; fewer where there are fewer frames."""
+  count = min(STILLS, len(video))
+  frames = np.linspace(0, len(video) - 1, count).round().astype(int)
+  return np.concatenate(list(video[frames]), axis=1)
+
+
+def video_grid(
+  videos: np.ndarray, labels: Sequence[str] | None = None
+) -> np.ndarray:
+  """`image_grid`, frame by frame: [F, H, W, 3] uint8.
+
+  Args:
+    videos: [N, F, h, w, 3] float in [0, 1] or uint8.
+    labels: N captions.
+  """
+  frames = [
+    np.asarray(image_grid(videos[:, i], labels=labels))
+    for i in range(videos.shape[1])
+  ]
+  return np.stack(frames)
+
+
+def check_video_writer() -> None:
+  """Raises UserError where videos cannot be written."""
+  try:
+    import av  # noqa: F401
+  except ImportError as error:
+    raise UserError(
+      "writing videos needs PyAV: pip install 'digen-jax[video]'"
+    ) from error
+
+
+def save_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
+  """Writes an MP4 file (H.264) so that a kill leaves none or a whole one.
+
+  Args:
+    path: of the file.
+    frames: [F, H, W, 3] float in [0, 1] or uint8; an odd row or column at the
+      edge is repeated, as the format has none.
+    fps: frames per second.
+
+  Raises:
+    UserError: the extra `video` is not installed.
+  """
+  check_video_writer()
+  import av
+
+  pixels = np.stack(to_uint8(frames))
+  odd = [(0, size % 2) for size in pixels.shape[1:3]]
+  pixels = np.pad(pixels, ((0, 0), *odd, (0, 0)), mode="edge")
+  with (
+    replacing(path) as temporary,
+    av.open(str(temporary), "w", format="mp4") as container,
+  ):
+    stream = container.add_stream("libx264", rate=fps)
+    stream.height, stream.width = pixels.shape[1:3]
+    stream.pix_fmt = "yuv420p"
+    for frame in pixels:
+      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+      container.mux(stream.encode(picture))
+    container.mux(stream.encode())
 
 
 def default_scale(images: Sequence[np.ndarray]) -> int:

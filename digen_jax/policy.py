@@ -18,7 +18,7 @@ from digen_jax.grpo.train_step import join, train_step
 from digen_jax.optimizer import ema_update
 from digen_jax.sampling.denoise import Apply
 from digen_jax.sampling.kernels import Kernel, make_kernel
-from digen_jax.sampling.rollout import initial_latents, rollout, sample_ode
+from digen_jax.sampling.rollout import initial_latents, rollout
 from digen_jax.types import Conditioning, Guidance, TrainBatch, Trajectory
 
 EVAL_STREAM = 0x7FFFFFFF  # a step number that training never reaches
@@ -30,7 +30,9 @@ class Recipe:
 
   Attributes:
     apply: `apply(params, latents, sigma, conditioning) -> velocity`.
-    decode: `(decoder params, latents [B, ...]) -> [B, H, W, 3]` in [0, 1].
+    decode: `(decoder params, latents [B, ...]) -> [B, (F,) H, W, 3]` in
+      [0, 1].
+    solve: the deterministic sampler, `sample_ode` or `sample_unipc`.
     sigmas: [num_steps + 1] float32 schedule of rollouts.
     eval_sigmas: the schedule of the deterministic sampler.
     kernel_name: transition of the trained steps.
@@ -39,6 +41,7 @@ class Recipe:
     shared_noise: whether the samples of a group start from the same latents.
     latent_shape: of one sample.
     guidance_scale: classifier-free guidance; 1 is off.
+    rescale_guidance: see `types.Guidance`.
     clip_range: PPO clip.
     kl_weight: weight of the KL to the reference; 0 leaves it out.
     rows_per_update: trained transitions of one optimiser update.
@@ -47,6 +50,7 @@ class Recipe:
 
   apply: Apply
   decode: Callable[[Any, jax.Array], jax.Array]
+  solve: Callable[..., jax.Array]
   sigmas: np.ndarray
   eval_sigmas: np.ndarray
   kernel_name: str
@@ -55,6 +59,7 @@ class Recipe:
   shared_noise: bool
   latent_shape: tuple[int, ...]
   guidance_scale: float
+  rescale_guidance: bool
   clip_range: float
   kl_weight: float
   rows_per_update: int
@@ -126,7 +131,7 @@ def sample(
   seed: jax.Array,
   index: jax.Array,
 ) -> jax.Array:
-  """Deterministic samples for evaluation: fixed noise, Euler steps.
+  """Deterministic samples for evaluation, from fixed noise.
 
   Args:
     recipe: the run.
@@ -140,20 +145,48 @@ def sample(
       seed alone.
 
   Returns:
-    [B, H, W, 3] uint8 images.
+    [B, H, W, 3] uint8 images, or [B, F, H, W, 3] videos.
   """
   keys = _sample_keys(
     seed, jnp.uint32(EVAL_STREAM), index, jnp.zeros_like(index)
   )
-  latents = sample_ode(
+  noise = initial_latents(keys, (index.shape[0], *recipe.latent_shape))
+  params = join(trainable, frozen)
+  latents = denoise(recipe, params, noise, prompts, negative)
+  return _images(recipe, decoder, latents)
+
+
+def denoise(
+  recipe: Recipe,
+  params: Any,
+  noise: jax.Array,
+  prompts: Conditioning,
+  negative: Conditioning | None,
+  *,
+  record: bool = False,
+) -> jax.Array:
+  """Noise to clean latents with the deterministic sampler.
+
+  Args:
+    recipe: the run.
+    params: all of the denoiser's.
+    noise: [B, ...] initial latents.
+    prompts: [B, ...] conditioning.
+    negative: [1, ...] or [B, ...] conditioning, with guidance.
+    record: return the latents after every step.
+
+  Returns:
+    [B, ...] float32, [n, B, ...] with `record`.
+  """
+  return recipe.solve(
     recipe.apply,
-    join(trainable, frozen),
-    initial_latents(keys, (index.shape[0], *recipe.latent_shape)),
+    params,
+    noise,
     prompts,
     recipe.eval_sigmas,
-    guidance=_guidance(recipe, negative, index.shape[0]),
+    guidance=_guidance(recipe, negative, noise.shape[0]),
+    record=record,
   )
-  return _images(recipe, decoder, latents)
 
 
 def gradients(
@@ -253,8 +286,9 @@ def _guidance(
   if negative is None:
     return None
   return Guidance(
-    jax.tree.map(lambda x: jnp.repeat(x, rows, axis=0), negative),
+    jax.tree.map(lambda x: jnp.broadcast_to(x, (rows, *x.shape[1:])), negative),
     jnp.float32(recipe.guidance_scale),
+    rescale=recipe.rescale_guidance,
   )
 
 

@@ -14,6 +14,7 @@ import jax
 import numpy as np
 
 from digen_jax.config import Config
+from digen_jax.data.embeddings import match_text
 from digen_jax.errors import UserError
 from digen_jax.grpo.advantages import group_advantages
 from digen_jax.grpo.windows import window_start
@@ -89,7 +90,7 @@ class Samples:
     rewards: [N] float32, NaN where not scored yet.
     parts: reward name -> [N] float32.
     advantages: [N] float32, NaN where not known yet.
-    images: [N, H, W, 3] uint8.
+    images: [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
   """
 
   def __init__(
@@ -152,7 +153,7 @@ class Program:
     """
     self.config, self.work, self.placement = config, work, placement
     self.reward = reward
-    self.conditioning, self.negative = conditioning, negative
+    self.conditioning, self.negative = match_text(conditioning, negative)
     self.samples: Samples | None = None
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0

@@ -153,10 +153,12 @@ class RunFiles:
       f"{reward:.2f} {prompt}"
       for reward, prompt in zip(result.rewards[shown], result.prompts[shown])
     ]
-    media.save_image(
-      self.workdir / "samples" / f"step_{result.step:06d}.png",
-      media.image_grid(result.images[shown], labels=labels),
-    )
+    file = self.workdir / "samples" / f"step_{result.step:06d}.png"
+    grid = media.image_grid(result.images[shown], labels=labels)
+    media.save_image(file, grid)
+    if result.images.ndim == 5:
+      video = media.video_grid(result.images[shown], labels)
+      media.save_video(file.with_suffix(".mp4"), video, self.config.eval.fps)
 
   def explored(self, samples: Any) -> None:
     """Best and worst sample of every group of a step, with their rewards."""

@@ -8,6 +8,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from digen_jax import policy
+from digen_jax.data.embeddings import match_text
 from digen_jax.parallel.mesh import batch_sharding, padded_size, replicated
 from digen_jax.types import Conditioning
 
@@ -59,8 +60,9 @@ class Sampler:
         by default 0 ... N-1.
 
     Returns:
-      [N, H, W, 3] uint8.
+      [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
     """
+    conditioning, negative = match_text(conditioning, negative)
     count = len(conditioning.text)
     index = np.arange(count) if index is None else index
     spread, whole = batch_sharding(self._mesh), replicated(self._mesh)

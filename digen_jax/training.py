@@ -12,6 +12,7 @@ from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.evaluation import Evaluated, evaluate, select
+from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_optimizer, make_schedule
 from digen_jax.parallel.mesh import make_meshes
@@ -63,6 +64,8 @@ class Run:
     self.config, self.workdir = config, Path(workdir)
     run_files.check_workdir(self.workdir)
     check_tracker(config.tracker)
+    if config.sampling.num_frames > 1:
+      check_video_writer()
     self.meshes = make_meshes(
       config.pipeline.mode, config.mesh.rollout, config.mesh.trainer
     )
@@ -238,7 +241,9 @@ class Run:
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
   """Scores two pictures of noise: a reward that is down shows at once."""
-  shape = (2, config.sampling.height, config.sampling.width, 3)
+  sampling = config.sampling
+  frames = (sampling.num_frames,) if sampling.num_frames > 1 else ()
+  shape = (2, *frames, sampling.height, sampling.width, 3)
   images = np.random.default_rng(0).random(shape, np.float32)
   reward.score(images, [prompts[0], prompts[-1]])
 

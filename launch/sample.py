@@ -1,9 +1,12 @@
-"""Images from a diffusers pipeline directory or from a run.
+"""Images or videos from a diffusers pipeline directory or from a run.
 
   python launch/sample.py --checkpoint=runs/first --prompts=prompts.txt \\
     --out=pictures
 
 The sampler is deterministic; the noise of picture i follows from --seed and i.
+With --inputs=FILE.npz in place of --prompts it starts from recorded noise and
+embeddings (named as the arguments of the diffusers pipeline) and writes the
+latents after every step to trajectory.npz.
 """
 
 import os
@@ -19,19 +22,31 @@ _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Diffusers pipeline directory, or directory of a run."
 )
 _PROMPTS = flags.DEFINE_string("prompts", None, "Prompt file, one per line.")
+_INPUTS = flags.DEFINE_string(
+  "inputs", None, "Recorded noise and embeddings (.npz), in place of prompts."
+)
 _OUT = flags.DEFINE_string("out", None, "Directory for the pictures.")
 _STEPS = flags.DEFINE_integer("num_steps", 20, "Denoising steps.")
 _HEIGHT = flags.DEFINE_integer("height", None, "Pixels; default: the run's.")
 _WIDTH = flags.DEFINE_integer("width", None, "Pixels; default: the run's.")
+_FRAMES = flags.DEFINE_integer("num_frames", None, "Of a video.")
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
 _REPEATS = flags.DEFINE_integer("samples_per_prompt", 1, "Pictures a prompt.")
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, "Classifier-free guidance; 1 is off."
 )
+_EMBEDDED = flags.DEFINE_float(
+  "embedded_guidance", None, "Guidance fed to guidance-distilled models."
+)
+_NEGATIVE = flags.DEFINE_string(
+  "negative_prompt", None, "What classifier-free guidance leads away from."
+)
+_FPS = flags.DEFINE_integer("fps", 16, "Frames per second of videos.")
 _LORA = flags.DEFINE_string(
   "lora", None, "LoRA file in diffusers' form, for a pipeline directory."
 )
-flags.mark_flags_as_required(["checkpoint", "prompts", "out"])
+flags.mark_flags_as_required(["checkpoint", "out"])
+flags.mark_flags_as_mutual_exclusive(["prompts", "inputs"], required=True)
 
 
 def main() -> None:
@@ -41,16 +56,26 @@ def main() -> None:
   sampling = {
     "height": _HEIGHT.value,
     "width": _WIDTH.value,
+    "num_frames": _FRAMES.value,
     "guidance_scale": _GUIDANCE.value,
+    "embedded_guidance": _EMBEDDED.value,
+    "negative_prompt": _NEGATIVE.value,
   }
+  overrides = {
+    "sampling": {k: v for k, v in sampling.items() if v is not None},
+    "eval": {"num_steps": _STEPS.value, "fps": _FPS.value},
+  }
+  if _INPUTS.value:
+    count = jobs.sample_recorded(
+      _CHECKPOINT.value, _INPUTS.value, _OUT.value, overrides=overrides
+    )
+    print(f"{count} pictures and trajectory.npz in {_OUT.value}")
+    return
   count = jobs.sample_prompts(
     _CHECKPOINT.value,
     _PROMPTS.value,
     _OUT.value,
-    overrides={
-      "sampling": {k: v for k, v in sampling.items() if v is not None},
-      "eval": {"num_steps": _STEPS.value},
-    },
+    overrides=overrides,
     seed=_SEED.value,
     samples_per_prompt=_REPEATS.value,
     lora=_LORA.value,

@@ -105,6 +105,38 @@ class Rows:
     return self[:].astype(dtype or self.dtype, copy=False)
 
 
+def match_text(
+  prompts: Conditioning, negative: Conditioning | None
+) -> tuple[Conditioning, Conditioning | None]:
+  """Pads the shorter text, so that both can share a batch.
+
+  Only where the model is told the mask: elsewhere padding has a meaning, and
+  encoders pad to one length.
+
+  Args:
+    prompts: [B, T, ...] conditioning.
+    negative: [1 or B, T', ...] conditioning; None is handed back.
+  """
+  if negative is None or prompts.mask is None:
+    return prompts, negative
+  length = max(prompts.text.shape[1], negative.text.shape[1])
+  return _padded(prompts, length), _padded(negative, length)
+
+
+def _padded(conditioning: Conditioning, length: int) -> Conditioning:
+  text, mask = conditioning.text, conditioning.mask
+  missing = length - text.shape[1]
+  if not missing:
+    return conditioning
+  if isinstance(text, Rows):
+    shape = (text.shape[0], length, *text.shape[2:])
+    text = dataclasses.replace(text, shape=shape)
+  else:
+    text = np.pad(text, ((0, 0), (0, missing), (0, 0)))
+  mask = np.pad(mask, ((0, 0), (0, missing)))
+  return dataclasses.replace(conditioning, text=text, mask=mask)
+
+
 def cached_embeddings(
   encoder: PromptEncoder,
   prompts: Sequence[str],

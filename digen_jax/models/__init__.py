@@ -5,7 +5,7 @@ A family is looked up by the class name in a checkpoint's `config.json`.
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jax
 from flax import nnx
@@ -28,6 +28,9 @@ class Family:
     apply: `apply(graphdef, params, latents, sigma, conditioning)`.
     fixed: keys of `config.json` of which one value is supported.
     ignored: keys of `config.json` without influence on the computation.
+    video: whether latents have frames, [B, f, h, w, c].
+    schedule_base: see `sampling.schedule_from_config`.
+    rescale_guidance: see `types.Guidance`.
   """
 
   class_name: str
@@ -37,6 +40,9 @@ class Family:
   apply: Callable[..., jax.Array]
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
+  video: bool = False
+  schedule_base: Literal["uniform", "table"] = "uniform"
+  rescale_guidance: bool = False
 
   def parse_config(self, raw: Mapping[str, Any], **compute: Any) -> Any:
     """`config.json` content -> config record; raises UserError."""
@@ -72,6 +78,7 @@ FAMILIES = {
       qwen_image.qwen_image_apply,
       fixed=qwen_image.FIXED,
       ignored=("pooled_projection_dim",),  # published, of an unused embedder
+      rescale_guidance=True,
     ),
     Family(
       "SD3Transformer2DModel",
@@ -79,6 +86,7 @@ FAMILIES = {
       sd3.SD3Config,
       sd3.SD3Transformer,
       sd3.sd3_apply,
+      schedule_base="table",
     ),
     Family(
       "WanTransformer3DModel",
@@ -87,6 +95,8 @@ FAMILIES = {
       wan.WanTransformer,
       wan.wan_apply,
       fixed=wan.FIXED,
+      video=True,
+      schedule_base="table",
     ),
     Family(
       "HunyuanVideoTransformer3DModel",
@@ -95,6 +105,7 @@ FAMILIES = {
       hunyuan_video.HunyuanVideoTransformer,
       hunyuan_video.hunyuan_video_apply,
       fixed=hunyuan_video.FIXED,
+      video=True,
     ),
   )
 }

@@ -16,7 +16,12 @@ QUALITY = 95
 
 
 def jpeg_kilobytes(images: np.ndarray) -> np.ndarray:
-  """JPEG sizes of [N, H, W, 3] images in [0, 1]: [N] float32, in kB."""
+  """JPEG sizes of [N, H, W, 3] images in [0, 1]: [N] float32, in kB.
+
+  Of [N, F, H, W, 3] videos the mean over frames.
+  """
+  if images.ndim == 5:
+    return np.stack([jpeg_kilobytes(video).mean() for video in images])
   sizes = []
   for image in to_uint8(images):
     buffer = io.BytesIO()
