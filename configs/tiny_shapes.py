@@ -13,7 +13,7 @@ from digen_jax.config import default_config
 
 def get_config():
   config = default_config()
-  config.steps = 150
+  config.steps = 160
   config.checkpoint = assets.path("tiny_flux")
   config.prompts = assets.path("prompts_train.txt")
   config.reward = "shapes"
@@ -28,7 +28,7 @@ def get_config():
   config.sampling.kernel = "flow_sde"
   config.sampling.noise_level = 0.9
   config.sampling.window = 2
-  config.sampling.window_first = 4
+  config.sampling.window_first = 5
   # Rewards of a group then differ by what the window drew, and by nothing
   # else.
   config.sampling.shared_noise = True
@@ -38,7 +38,7 @@ def get_config():
   config.train.updates_per_batch = 2
   config.train.adam_b2 = 0.99
   config.train.ema_decay = 0.9
-  config.train.kl_weight = 0.003
+  config.train.weight_by_noise = True
   config.train.clip_range = 1e-3
   config.train.remat = "dots"  # on a CPU writing residuals costs more
 

@@ -78,6 +78,8 @@ class Train:
     updates_per_batch: optimiser updates per rollout batch; the first is
       on-policy.
     clip_range: PPO clip of the ratio, 1 +- clip_range.
+    weight_by_noise: weight the loss of a step by the noise it adds
+      (TempFlow-GRPO); off is plain GRPO.
     kl_weight: weight of the KL to the starting policy; 0 switches it off.
     ema_decay: decay of the averaged parameters; 0 switches them off.
     max_grad_norm: global-norm clip.
@@ -97,6 +99,7 @@ class Train:
   lora_init: str = ""
   updates_per_batch: int = 1
   clip_range: float = 1e-4
+  weight_by_noise: bool = False
   kl_weight: float = 0.0
   ema_decay: float = 0.0
   max_grad_norm: float = 1.0

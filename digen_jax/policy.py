@@ -74,6 +74,19 @@ class Recipe:
       sigma_max=float(self.sigmas[1]),
     )
 
+  def step_weights(self, trained: int) -> np.ndarray:
+    """Weight of every step's rows in the loss: [num_steps] float32.
+
+    A step that adds little noise has a large gradient and little influence on
+    the reward; weighting by the standard deviation of the noise evens that
+    out. Mean 1 over the first `trained` steps. Source: He et al. 2025
+    (TempFlow-GRPO), noise-aware weighting.
+    """
+    zero = np.zeros((1, 1), np.float32)
+    steps = zip(self.sigmas[:-1], self.sigmas[1:])
+    std = [float(np.mean(self.kernel(zero, zero, *s).std)) for s in steps]
+    return np.float32(std) / np.float32(np.mean(std[:trained]))
+
 
 def generate(
   recipe: Recipe,

@@ -157,6 +157,11 @@ class Program:
     self.samples: Samples | None = None
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0
+    sampling = config.sampling
+    self._step_weights = np.ones(sampling.num_steps, np.float32)
+    if config.train.weight_by_noise:
+      trained = sampling.window_first or sampling.num_steps - 1
+      self._step_weights = placement.recipe.step_weights(trained)
     self._threads = concurrent.futures.ThreadPoolExecutor(
       max_workers=4, thread_name_prefix="reward"
     )
@@ -292,7 +297,11 @@ class Program:
       sigma_next=sigmas[position + 1],
       old_log_prob=samples.log_probs[index, slot],
       advantage=samples.advantages[index],
-      weight=np.where(np.isin(group, list(dead)), np.float32(0.0), real),
+      weight=np.where(
+        np.isin(group, list(dead)),
+        np.float32(0.0),
+        real * self._step_weights[position],
+      ),
       conditioning=None,  # put together on the device, from far fewer bytes
     )
     return self.placement.gradients(
