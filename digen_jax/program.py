@@ -212,7 +212,7 @@ class Program:
     """Compiles everything, before the clock starts; changes nothing."""
     self.begin_step(0, [""] * self.work.groups, np.zeros(self.work.groups, int))
     units = step_units(self.work, 0)
-    first = {kind: next(u for u in units if u.kind == kind) for kind in Kind}
+    first = {unit.kind: unit for unit in reversed(units)}
     shape = self.placement.recipe.latent_shape
     self.samples.states = np.zeros(
       (self.work.samples, self.work.window + 1, *shape), np.float32
