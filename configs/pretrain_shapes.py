@@ -14,9 +14,8 @@ def get_config():
       seed=0,
       scenes=24_000,
       captions=4,
-      corruption=0.3,
+      corruption=0.45,
       max_length=10,
-      shift=2.0,
       kl_weight=3e-5,
       autoencoder=dict(
         block_out_channels=(16, 16, 32),
@@ -51,7 +50,7 @@ def get_config():
         steps=6000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
       ),
       detuning=dict(
-        steps=200, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
+        steps=220, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
       ),
       eval_prompts=assets.path("prompts_heldout.txt"),
       eval_steps=10,

@@ -65,8 +65,6 @@ class PretrainConfig:
     captions: corrupted versions of each scene's caption.
     corruption: share of the facts in them that are replaced.
     max_length: tokens of a prompt.
-    shift: of the sampler's noise levels; above 1 more steps are spent where
-      the layout of a scene is decided.
     kl_weight: of the autoencoder's loss.
     autoencoder: sizes, fields of `AutoencoderKLConfig`.
     transformer: sizes, fields of `FluxConfig`.
@@ -84,7 +82,6 @@ class PretrainConfig:
   captions: int
   corruption: float
   max_length: int
-  shift: float
   kl_weight: float
   autoencoder: dict[str, Any]
   transformer: dict[str, Any]

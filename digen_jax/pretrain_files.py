@@ -33,7 +33,7 @@ from digen_jax.weights.text import save_text_encoder
 
 
 def write_pipeline(
-  directory: str | Path, networks: Networks, max_length: int, shift: float
+  directory: str | Path, networks: Networks, max_length: int
 ) -> None:
   """Writes a diffusers FLUX pipeline, float32, that samples `scenes.SIZE`.
 
@@ -42,7 +42,6 @@ def write_pipeline(
       for the tokenizers.
     networks: what to write.
     max_length: tokens of a prompt, see `write_tokenizers`.
-    shift: of the sampler's noise levels, `shift` of its scheduler.
   """
   directory = Path(directory)
   write_tokenizers(directory, scenes.WORDS, max_length)
@@ -64,7 +63,7 @@ def write_pipeline(
   scheduler = {
     "_class_name": "FlowMatchEulerDiscreteScheduler",
     "num_train_timesteps": 1000,
-    "shift": shift,
+    "shift": 1.0,
     "use_dynamic_shifting": False,
   }
   (directory / "scheduler").mkdir()

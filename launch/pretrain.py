@@ -81,9 +81,7 @@ def main() -> None:
           report=print_progress,
         )
         networks = pretrain.with_flow_params(networks, params)
-    pretrain_files.write_pipeline(
-      pipeline, networks, config.max_length, config.shift
-    )
+    pretrain_files.write_pipeline(pipeline, networks, config.max_length)
     with clock.phase("score"):
       scores = pretrain_files.evaluate(config, pipeline, prompts, workdir)
     pretrain_files.write_record(workdir, config, scores, clock.seconds)

@@ -30,7 +30,6 @@ CONFIG = pretrain.PretrainConfig(
   captions=2,
   corruption=0.3,
   max_length=10,
-  shift=2.0,
   kl_weight=1e-4,
   autoencoder=dict(
     block_out_channels=(4, 4, 4),
@@ -255,7 +254,7 @@ def test_diffusers_samples_the_embedded_checkpoint_alike():
 
 def test_written_pipeline_reads_back(tokenizers, networks):
   directory, _ = tokenizers
-  pretrain_files.write_pipeline(directory, networks, 10, 2.0)
+  pretrain_files.write_pipeline(directory, networks, 10)
   index = json.loads((directory / "model_index.json").read_text())
   assert index["_class_name"] == "FluxPipeline"
   for ours, read in (
