@@ -85,8 +85,12 @@ def test_a_timestep_for_each_token(tmp_path):
 def test_small_variance_shows_every_epsilon(tmp_path):
   """Tokens, queries and keys so small that the norms' epsilons matter."""
   reference = wan(9)
+  # Values of the last cross-attention stay large: they show its queries.
+  small = (
+    r"patch_embedding|to_[qk]\.|attn1\.to_(v|out)|0\.attn2\.to_(v|out)|net\.2"
+  )
   for name, parameter in reference.named_parameters():
-    if re.search(r"patch_embedding|to_[qkv]\.|to_out|ffn.net.2|text_emb", name):
+    if re.search(small, name):
       parameter.data *= 2e-3
   args = normal(10, 2, 4, 2, 4, 6), np.array([999, 400]), normal(11, 2, 5, 20)
   check_parity(tmp_path, reference, *args)

@@ -100,25 +100,14 @@ def check_bfloat16(config, inputs):
 
 
 def check_row_blocks(config, inputs, monkeypatch):
-  """Attention by rows changes neither the velocity nor the gradient."""
-  model = random_model(config, remat="block")
-
-  def run():
-    def loss(params):
-      velocity = model.apply(params, *inputs)
-      return jnp.mean(velocity**2), velocity
-
-    return jax.jit(jax.grad(loss, has_aux=True))(model.params)
-
-  expected = run()
+  """Attention by rows does not change the velocity."""
+  model = random_model(config)
+  expected = jax.jit(model.apply)(model.params, *inputs)
   monkeypatch.setattr(attention_lib, "DIRECT_SCORES", 1)
   monkeypatch.setattr(attention_lib, "BLOCK", 8)
-  actual = run()
-
-  def check(a, b):
-    np.testing.assert_allclose(a, b, atol=2e-5 * float(jnp.abs(b).max()))
-
-  jax.tree.map(check, actual, expected)
+  # A function of its own: `jit` would find the trace of `model.apply`.
+  actual = jax.jit(lambda *args: model.apply(*args))(model.params, *inputs)
+  np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
 def check_layouts(config, inputs):
