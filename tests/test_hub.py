@@ -1,8 +1,8 @@
 """Checkpoints by their name on the hub; there is no network in these tests."""
 
 import sys
-import types
 
+import huggingface_hub
 import pytest
 
 from digen_jax import assets
@@ -22,8 +22,7 @@ def asked(monkeypatch):
       raise ConnectionError("no route\nto host")
     return assets.path("tiny_flux")
 
-  client = types.SimpleNamespace(snapshot_download=download)
-  monkeypatch.setitem(sys.modules, "huggingface_hub", client)
+  monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
   hub._download.cache_clear()
   yield calls
   hub._download.cache_clear()

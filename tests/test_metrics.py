@@ -290,3 +290,22 @@ def test_progress_where_only_ascii_can_be_written(monkeypatch):
   progress.update(1, row(0))
   progress.close()
   assert b"##" in raw.getvalue() and b".." in raw.getvalue()
+
+
+def test_pace(monkeypatch):
+  now = [100.0]
+  monkeypatch.setattr(metrics.time, "monotonic", lambda: now[0])
+  stream = io.StringIO()
+  report = metrics.pace_reporter("encoded", seconds=5, stream=stream)
+  for done in (10, 20, 30, 100):
+    now[0] += 4
+    report(done, 100)
+  assert stream.getvalue().splitlines() == [
+    "encoded 20/100  2.5/s  32 s left",
+    "encoded 100/100  6.25/s  0 s left",
+  ]
+  now[0] = 0.0
+  report = metrics.pace_reporter("encoded", seconds=5, stream=stream)
+  now[0] = 1.0
+  report(3, 3)
+  assert len(stream.getvalue().splitlines()) == 2

@@ -219,7 +219,13 @@ def pipeline(saved, tmp_path):
   references.autoencoder().save_pretrained(path / "vae")
   (path / "scheduler").mkdir()
   (path / "scheduler" / "scheduler_config.json").write_text('{"shift": 3.0}')
-  (path / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+  index = {
+    "_class_name": "FluxPipeline",
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "text_encoder_3": [None, None],
+    "tokenizer_2": ["transformers", "T5TokenizerFast"],
+  }
+  (path / "model_index.json").write_text(json.dumps(index))
   return path
 
 
@@ -232,6 +238,7 @@ def test_pipeline_config(pipeline):
     load.load_pipeline_config(pipeline)
   for part in ("text_encoder/config.json", "tokenizer_2/tokenizer.json"):
     assert part in str(error.value)
+  assert "text_encoder_3" not in str(error.value)
   assert "vae" not in str(error.value).replace(str(pipeline), "")
   (pipeline / "vae" / FILE).unlink()
   with pytest.raises(UserError, match=rf"lacks vae/{FILE}"):

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from digen_jax.data.tokens import Tokenizer, Tokens
+from digen_jax.data.tokens import Tokenizer, Tokens, logger
 from digen_jax.types import Conditioning
 
 CLIP = ("CLIPTextModel", "CLIPTokenizer")
@@ -187,6 +187,11 @@ def tokenize_wan(
   tokenizers: Sequence[Tokenizer], prompts: Sequence[str], length: int
 ) -> list[Tokens]:
   """Cleaned prompts at `length`."""
+  if not has_ftfy() and not all(prompt.isascii() for prompt in prompts):
+    logger.warning(
+      "Wan was trained on text mended by ftfy, which is not installed; prompts "
+      "with other than ASCII letters may be read differently: pip install ftfy"
+    )
   return [tokenizers[0]([clean(prompt) for prompt in prompts], length)]
 
 

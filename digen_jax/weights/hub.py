@@ -32,12 +32,12 @@ def local_checkpoint(path: str | Path) -> Path:
   Raises:
     UserError: neither, or the hub cannot be reached and has not been before.
   """
-  path = Path(path)
+  name, path = str(path), Path(path)
   if path.is_dir():
     return path
-  if path.exists() or not HUB_ID.fullmatch(str(path)):
-    raise UserError(f"checkpoint directory {path} does not exist")
-  return _download(str(path))
+  if path.exists() or not HUB_ID.fullmatch(name):
+    raise UserError(f"checkpoint directory {name} does not exist")
+  return _download(name)
 
 
 @functools.cache

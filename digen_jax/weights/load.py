@@ -40,6 +40,7 @@ WEIGHTS = tuple(
   for suffix in ("", ".index.json")
 )
 TOKENIZER = ("tokenizer.json", "vocab.json", "spiece.model")
+CORE = ("transformer", "vae", "scheduler")  # what every family has
 COMPONENT_FILES = {
   "transformer": (("config.json",), WEIGHTS),
   "vae": (("config.json",), WEIGHTS),
@@ -80,7 +81,8 @@ def load_pipeline_config(
 
   Args:
     path: a diffusers pipeline directory, or its id on the hub.
-    components: what is needed of it; None means all that its index lists.
+    components: what is needed of it; None means `CORE` and what its index
+      lists.
 
   Raises:
     UserError: no pipeline, one of another family, or missing files (all of
@@ -101,7 +103,9 @@ def load_pipeline_config(
       f"{', '.join(sorted(pipelines))}"
     )
   if components is None:
-    components = [c for c in COMPONENT_FILES if any(index.get(c) or ())]
+    components = [
+      c for c in COMPONENT_FILES if c in CORE or any(index.get(c) or ())
+    ]
   missing = [
     f"{component}/{' or '.join(choices)}"
     for component in components

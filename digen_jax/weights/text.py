@@ -110,6 +110,8 @@ def _config_json(config: text.Config, dtype: DTypeLike) -> dict[str, Any]:
     # Unset, they default to ids of OpenAI's vocabulary.
     absent = {"bos_token_id": None, "pad_token_id": None}
     projects = config.projection_dim is not None
+    if not projects:
+      del sizes["projection_dim"]
     name = f"CLIPTextModel{'WithProjection' * projects}"
     kind = {"architectures": [name], "model_type": "clip_text_model"}
     return kind | sizes | absent
