@@ -1,0 +1,173 @@
+"""Whole runs on tiny random checkpoints of every family."""
+
+import json
+
+import diffusers
+import numpy as np
+import pytest
+
+from digen_jax import jobs, training
+from digen_jax.config import default_config, from_config_dict
+from digen_jax.metrics import read_metrics
+from tests import autoencoders, references, text_pipelines
+
+JOINT = dict(num_layers=2, attention_head_dim=24, num_attention_heads=2)
+ROPE = dict(axes_dims_rope=(4, 10, 10))
+KL_SIZES = references.VAE
+# Transformer class, its sizes, autoencoder class, scheduler, its settings.
+EULER = diffusers.FlowMatchEulerDiscreteScheduler
+PARTS = {
+  "flux": (
+    diffusers.FluxTransformer2DModel,
+    JOINT
+    | ROPE
+    | dict(
+      in_channels=16,
+      num_single_layers=2,
+      joint_attention_dim=32,
+      pooled_projection_dim=24,
+      guidance_embeds=True,
+    ),
+    "AutoencoderKL",
+    EULER(use_dynamic_shifting=True),
+  ),
+  "stable_diffusion_3": (
+    diffusers.SD3Transformer2DModel,
+    references.SD3 | dict(joint_attention_dim=48, pooled_projection_dim=32),
+    "AutoencoderKL",
+    EULER(shift=3.0),
+  ),
+  "qwen_image": (
+    diffusers.QwenImageTransformer2DModel,
+    JOINT | ROPE | dict(in_channels=16, out_channels=4, joint_attention_dim=32),
+    autoencoders.QWEN,
+    EULER(use_dynamic_shifting=True, shift_terminal=0.02, max_shift=0.9),
+  ),
+  "wan": (
+    diffusers.WanTransformer3DModel,
+    JOINT
+    | dict(in_channels=4, out_channels=4, text_dim=32, freq_dim=32, ffn_dim=64),
+    autoencoders.WAN,
+    diffusers.UniPCMultistepScheduler(
+      prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    ),
+  ),
+  "hunyuan_video": (
+    diffusers.HunyuanVideoTransformer3DModel,
+    JOINT
+    | dict(
+      in_channels=4,
+      out_channels=4,
+      num_single_layers=1,
+      num_refiner_layers=1,
+      text_embed_dim=32,
+      pooled_projection_dim=24,
+      rope_axes_dim=(4, 10, 10),
+    ),
+    autoencoders.HUNYUAN,
+    EULER(shift=7.0),
+  ),
+}
+GUIDED = ("qwen_image", "wan", "stable_diffusion_3")
+VIDEO = ("wan", "hunyuan_video")
+PROMPTS = ("two red circles left of a blue square", "green squares", "a square")
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+  """Makes a pipeline directory per family, once."""
+  made = {}
+
+  def make(name):
+    if name not in made:
+      directory = tmp_path_factory.mktemp(name)
+      text_pipelines.FAMILIES[name](directory)
+      cls, sizes, vae, scheduler = PARTS[name]
+      if name == "flux" or name == "stable_diffusion_3":
+        autoencoder = references.autoencoder()
+      else:
+        autoencoder = autoencoders.build(vae)
+      transformer = references.randomise(cls(**sizes), seed=1)
+      index = json.loads((directory / "model_index.json").read_text())
+      for part, module in (
+        ("transformer", transformer),
+        ("vae", autoencoder),
+        ("scheduler", scheduler),
+      ):
+        module.save_pretrained(directory / part)
+        index[part] = ["diffusers", type(module).__name__]
+      (directory / "model_index.json").write_text(json.dumps(index))
+      made[name] = directory
+    return made[name]
+
+  return make
+
+
+def family_config(name, checkpoint, folder):
+  prompts = folder / "prompts.txt"
+  prompts.write_text("\n".join(PROMPTS))
+  config = default_config()
+  config.steps = 3
+  config.checkpoint, config.prompts = str(checkpoint), str(prompts)
+  config.reward = "jpeg_incompressibility"
+  config.batch.prompts, config.batch.group_size = 2, 4
+  sampling = config.sampling
+  sampling.num_steps, sampling.noise_level = 4, 0.7
+  sampling.window, sampling.window_first = 2, 3
+  sampling.height, sampling.width = 16, 32
+  sampling.text_length = 12 if name != "hunyuan_video" else 0
+  if name in GUIDED:
+    sampling.guidance_scale = 3.0
+  if name in VIDEO:
+    sampling.num_frames = 5
+  config.train.learning_rate = 1e-3
+  config.train.clip_range = 1e-3
+  config.eval.num_prompts, config.eval.num_steps = 2, 3
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  return config
+
+
+def check_run(config, workdir):
+  training.train(from_config_dict(config), workdir)
+  rows = read_metrics(workdir / "metrics.jsonl")
+  assert [row["step"] for row in rows] == list(range(config.steps))
+  for row in rows:
+    assert 0 <= row["ratio_max_abs_log"] <= 1e-6
+    assert row["grad_norm"] > 0
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_lora_run(name, checkpoints, tmp_path):
+  config = family_config(name, checkpoints(name), tmp_path)
+  config.steps = 1
+  config.train.lora_rank, config.train.lora_targets = 4, ("attn",)
+  check_run(config, tmp_path / "run")
+  jobs.export_run(tmp_path / "run", tmp_path / "out")
+  assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").exists()
+  if name in VIDEO:
+    assert (tmp_path / "run" / "samples" / "step_000000.mp4").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("split", [(1, 1), (2, 6)])
+@pytest.mark.parametrize("lora", [0, 4])
+@pytest.mark.parametrize("name", PARTS)
+def test_three_steps_resumed_and_exported(
+  name, lora, split, checkpoints, tmp_path
+):
+  config = family_config(name, checkpoints(name), tmp_path)
+  config.mesh.rollout, config.mesh.trainer = split
+  config.train.lora_rank, config.train.lora_targets = lora, ("attn",)
+  config.checkpoint_every = 2
+  config.steps = 2
+  check_run(config, tmp_path / "run")
+  config.steps = 3
+  check_run(config, tmp_path / "run")
+  jobs.export_run(tmp_path / "run", tmp_path / "out", "pipeline")
+  cls = PARTS[name][0]
+  module = cls.from_pretrained(tmp_path / "out" / "transformer")
+  base = cls.from_pretrained(checkpoints(name) / "transformer")
+  assert any(
+    not np.array_equal(a.detach(), b.detach())
+    for a, b in zip(module.parameters(), base.parameters())
+  )
