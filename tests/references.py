@@ -84,8 +84,10 @@ def randomise(module, seed):
     else:
       value = 0.15 * noise
     parameter.data = value
-  for buffer in module.buffers():
-    buffer.copy_(0.4 * torch.randn(buffer.shape, generator=generator))
+  saved = module.state_dict()  # rotary frequencies, say, are not among them
+  for name, buffer in module.named_buffers():
+    if name in saved:
+      buffer.copy_(0.4 * torch.randn(buffer.shape, generator=generator))
   return module.eval().requires_grad_(False)
 
 
