@@ -111,11 +111,7 @@ def check_row_blocks(config, inputs, monkeypatch):
 
 
 def check_layouts(config, inputs):
-  """Both layouts on four devices give what one device gives.
-
-  Returns:
-    The compiled text of the last one, with heads split in two.
-  """
+  """Both layouts on four devices give what one device gives."""
   model = random_model(config)
   plain = jax.jit(model.apply)(model.params, *inputs)
   for sizes, table in (
@@ -128,9 +124,8 @@ def check_layouts(config, inputs):
     )
     params = jax.device_put(model.params, layout)
     whole = jax.device_put(inputs, replicated(mesh))
-    compiled = jax.jit(model.apply).lower(params, *whole).compile()
-    np.testing.assert_allclose(compiled(params, *whole), plain, atol=2e-5)
-  return compiled.as_text()
+    actual = jax.jit(model.apply)(params, *whole)
+    np.testing.assert_allclose(actual, plain, atol=2e-5)
 
 
 def check_fresh(config, inputs):
