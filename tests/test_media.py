@@ -12,6 +12,7 @@ from digen_jax.media import (
   image_grid,
   save_image,
   save_images,
+  save_video,
   to_uint8,
 )
 
@@ -143,3 +144,28 @@ def test_bad_input():
     image_grid(flat(3), labels=["a", "b"])
   with pytest.raises(ValueError, match="no images"):
     image_grid([])
+
+
+def test_a_video_is_written_and_read_back(tmp_path):
+  import av
+
+  levels = np.linspace(0, 1, 5, dtype=np.float32)
+  video = np.broadcast_to(levels[:, None, None, None], (5, 17, 32, 3))
+  save_video(tmp_path / "v.mp4", video, fps=8)
+  with av.open(str(tmp_path / "v.mp4")) as container:
+    assert container.streams.video[0].average_rate == 8
+    frames = [
+      frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)
+    ]
+  assert [frame.shape for frame in frames] == [(18, 32, 3)] * 5
+  means = [frame.mean() / 255 for frame in frames]
+  np.testing.assert_allclose(means, levels, atol=0.02)
+
+
+def test_a_video_in_a_picture_is_its_first_middle_and_last_frame():
+  video = np.arange(5, dtype=np.uint8)[:, None, None, None] * np.ones(
+    (5, 4, 6, 3), np.uint8
+  )
+  (strip,) = to_uint8([video])
+  assert strip.shape == (4, 18, 3)
+  assert [strip[0, i, 0] for i in (0, 6, 12)] == [0, 2, 4]

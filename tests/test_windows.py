@@ -1,10 +1,13 @@
 """Where the window of trained steps lies."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
 
 import digen_jax as dj
+from digen_jax.policy import Recipe
 
 
 def test_starts_are_uniform_over_all_that_fit():
@@ -59,3 +62,17 @@ def test_windows_that_do_not_fit(arguments, message):
 def test_check_returns_the_resolved_range():
   assert dj.check_window(8, 2) == 7
   assert dj.check_window(8, 2, 5) == 5
+
+
+def test_step_weights_follow_the_noise_of_the_steps():
+  recipe = Recipe(*[None] * len(dataclasses.fields(Recipe)))
+  sigmas = np.linspace(1, 0, 9).astype(np.float32)
+  recipe = dataclasses.replace(
+    recipe, sigmas=sigmas, kernel_name="flow_sde", noise_level=0.9
+  )
+  weights = recipe.step_weights(5)
+  assert weights[:5].mean() == pytest.approx(1)
+  # Flow-GRPO, eq. 9: the std is a sqrt(s / (1 - s) (s - s_next)).
+  s, rest = 0.75, 0.5
+  std = [0.9 * np.sqrt(level / (1 - level) * 0.125) for level in (s, rest)]
+  assert weights[2] / weights[4] == pytest.approx(std[0] / std[1], rel=1e-5)
