@@ -5,7 +5,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from digen_jax.pipeline.scheduler import (
@@ -249,6 +249,12 @@ def test_invariants_of_every_schedule(work, team, seed, steps):
 
 @settings(max_examples=300, deadline=None)
 @given(work=workloads, team=teams, seed=st.integers(0, 2**20))
+# Two lanes that assist each other, each counting on the other to go on.
+@example(
+  work=Workload(2, 1, 1, generate_size=1, train_size=1, gap=True),
+  team=lanes(tag=True, rat=True),
+  seed=197,
+)
 def test_the_search_is_never_slower_than_not_assisting(work, team, seed):
   cost = random_costs(seed)
   idle = end(run(work, team, cost, assist=lambda *_: False))

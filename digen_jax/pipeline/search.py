@@ -3,13 +3,15 @@
 Taking too few leaves the lane idle; taking one too many keeps it from its own
 work when that arrives. So each bubble asks the simulator, with the costs as
 they are now: for a number of units n, the lane takes the next n units that are
-not its own and none after them; when does the step end? If the best n is not
-0 the lane takes one unit, and the next bubble asks again.
+not its own and none after them; when does the step end? The best n becomes a
+commitment: the lane takes that many, and every later bubble counts on it.
 
-The search over n is cut short where nothing can be gained (a lower bound is
-reached) and by a budget; each state is decided once. It never chooses what
-the simulation does not show to be faster, so within the accuracy of the costs
-it is never slower than not assisting.
+A commitment is only made if the simulated end of the step, all earlier
+commitments kept, moves forward. So that end never moves back, and within the
+accuracy of the costs the search is never slower than not assisting.
+
+The search over n is cut short where nothing more can be gained (a lower bound
+is reached) and by a budget; a state in which nothing pays is decided once.
 """
 
 import collections
@@ -63,12 +65,14 @@ class Search:
     """
     self.lanes, self.cost, self.budget = tuple(lanes), cost, budget
     self._clock = clock
-    self._decided: collections.OrderedDict[tuple, bool] = (
+    self._step = -1
+    self._committed: dict[str, int] = {}
+    self._refused: collections.OrderedDict[tuple, None] = (
       collections.OrderedDict()
     )
 
   def __call__(self, state: State, lane: Lane, unit: Unit, left: Left) -> bool:
-    """Whether `lane` should take `unit` now.
+    """Whether `lane` should take `unit` now; if so, it has to.
 
     Args:
       state: where the run stands.
@@ -76,25 +80,37 @@ class Search:
       unit: not its own work; the next it could take.
       left: seconds that the units under way still need.
     """
-    key = (state.now, state.running, lane.name)
-    if key not in self._decided:
-      if len(self._decided) >= MEMORY:
-        self._decided.popitem(last=False)
-      self._decided[key] = self._decide(state, lane, unit, left)
-    return self._decided[key]
+    if state.step != self._step:
+      self._step, self._committed = state.step, {}
+    if not self._committed.get(lane.name):
+      promises = tuple(sorted(self._committed.items()))
+      key = (state.now, state.running, lane.name, promises)
+      if key in self._refused:
+        return False
+      quota = self._best(state, lane, unit, left)
+      if not quota:
+        if len(self._refused) >= MEMORY:
+          self._refused.popitem(last=False)
+        self._refused[key] = None
+        return False
+      self._committed[lane.name] = quota
+    self._committed[lane.name] -= 1
+    return True
 
-  def _decide(self, state: State, lane: Lane, unit: Unit, left: Left) -> bool:
-    idle = self._seconds(state, lane, 0, left)
-    target = min(idle * (1 - GAIN), idle)
-    if self._bound(state, left) >= target:
-      return False
+  def _best(self, state: State, lane: Lane, unit: Unit, left: Left) -> int:
+    """How many units `lane` should commit to; 0 for none."""
+    best, soonest = 0, self._seconds(state, lane, 0, left) * (1 - GAIN)
+    bound = self._bound(state, left)
     deadline = self._clock() + self.budget.seconds
     for tried, quota in enumerate(self._quotas(state, unit), start=2):
-      if self._seconds(state, lane, quota, left) < target:
-        return True
-      if tried >= self.budget.simulations or self._clock() > deadline:
+      if soonest <= bound or tried > self.budget.simulations:
         break
-    return False
+      seconds = self._seconds(state, lane, quota, left)
+      if seconds < soonest:
+        best, soonest = quota, seconds
+      if self._clock() > deadline:
+        break
+    return best
 
   def _quotas(self, state: State, unit: Unit) -> list[int]:
     """1, 2, 3, 4, 6, 8, 12, 16, ... to all that is left of the kind."""
@@ -107,16 +123,13 @@ class Search:
     return [q for q in quotas if q < count] + [count]
 
   def _seconds(self, state: State, lane: Lane, quota: int, left: Left) -> float:
-    """Seconds to the end of the step if `lane` takes `quota` units."""
-    taken = 0
+    """Seconds to the end of the step if `lane` commits to `quota` units."""
+    remaining = self._committed | {lane.name: quota}
 
     def assist(_: State, who: Lane, unit: Unit, left: Left) -> bool:
-      nonlocal taken
       del unit, left
-      if who.name != lane.name:
-        return True
-      taken += 1
-      return taken <= quota
+      remaining[who.name] = remaining.get(who.name, 0) - 1
+      return remaining[who.name] >= 0
 
     spans = simulate(state, self.lanes, self.cost, assist=assist, left=left)
     return max(span.end for span in spans)
