@@ -12,11 +12,11 @@ from digen_jax.config import Config
 from digen_jax.data.embeddings import cached_embeddings
 from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.errors import UserError
+from digen_jax.island import Weights
 from digen_jax.metrics import pace_reporter
 from digen_jax.models import Model, lora
 from digen_jax.models.vae import Autoencoder
 from digen_jax.pipeline.units import Workload
-from digen_jax.placement import Weights
 from digen_jax.policy import Recipe
 from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
@@ -54,16 +54,19 @@ def workload(config: Config) -> Workload:
   window = config.sampling.window or config.sampling.num_steps - 1
   pipeline = config.pipeline
   pack = min(pipeline.timesteps_per_pack or window, window)
+  samples = config.batch.prompts * config.batch.group_size
+  size = pipeline.generate_size or config.batch.group_size
   return Workload(
     groups=config.batch.prompts,
     group_size=config.batch.group_size,
     window=window,
     updates=config.train.updates_per_batch,
-    generate_size=pipeline.generate_size or config.batch.group_size,
+    generate_size=size,
     train_size=pipeline.train_size or config.batch.group_size,
     pack=pack if pipeline.tsp else 1,
     scope=config.advantage.scope,
     gap=pipeline.gap,
+    stale=round(pipeline.tcss * -(-samples // size)),
   )
 
 

@@ -1,14 +1,13 @@
 """Held-out reward of a policy: fixed prompts, fixed noise, no randomness."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
 from digen_jax.config import Config
 from digen_jax.rewards.compose import Composite
-from digen_jax.sampler import Sampler
 from digen_jax.types import Conditioning
 
 # The same noise whatever the run's seed: policies of several runs compare.
@@ -51,8 +50,7 @@ def select(prompts: list[str], config: Config) -> list[str]:
 
 
 def evaluate(
-  sampler: Sampler,
-  trainable: Any,
+  sample: Callable[[Conditioning, Conditioning | None, int], np.ndarray],
   prompts: Sequence[str],
   conditioning: Conditioning,
   negative: Conditioning | None,
@@ -62,14 +60,13 @@ def evaluate(
   """Samples one image per prompt and scores them.
 
   Args:
-    sampler: on the mesh that `trainable` is on.
-    trainable: parameters to evaluate.
+    sample: the policy, called with conditioning, negative and a seed.
     prompts: [N] texts.
     conditioning: [N, ...] their conditioning, on the host.
     negative: [1, ...] conditioning of the negative prompt, with guidance.
     reward: scores images.
     step: how far the policy has been trained.
   """
-  images = sampler(trainable, conditioning, negative, NOISE_SEED)
+  images = sample(conditioning, negative, NOISE_SEED)
   scores = reward.score(images.astype(np.float32) / 255.0, list(prompts))
   return Evaluated(step, prompts, images, scores.total, scores.parts)

@@ -184,7 +184,14 @@ def evaluate_run(
   conditioning = embed(policy.assembly, texts)
   negative = negative_conditioning(policy.assembly)
   base, trained = (
-    evaluate(sampler, params, texts, conditioning, negative, reward, step)
+    evaluate(
+      functools.partial(sampler, params),
+      texts,
+      conditioning,
+      negative,
+      reward,
+      step,
+    )
     for params, step in ((policy.base, 0), (policy.trainable, policy.step))
   )
   result = {

@@ -90,6 +90,7 @@ class Recipe:
 
 def generate(
   recipe: Recipe,
+  gather: Callable[[Any], Any],
   trainable: Any,
   frozen: Any,
   decoder: Any,
@@ -103,6 +104,7 @@ def generate(
 
   Args:
     recipe: the run.
+    gather: as in `gradients`; a trainer that assists may hold split parameters.
     trainable: parameters being trained.
     frozen: the others.
     decoder: autoencoder parameters.
@@ -122,7 +124,7 @@ def generate(
     first = _sample_keys(seed, step, group, jnp.zeros_like(member))
   trajectory = rollout(
     recipe.apply,
-    join(trainable, frozen),
+    join(gather(trainable), gather(frozen)),
     initial_latents(first, (rows.shape[0], *recipe.latent_shape)),
     jax.tree.map(lambda x: x[rows], prompts),
     recipe.sigmas,

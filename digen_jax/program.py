@@ -1,8 +1,8 @@
-"""What the units of a GRPO step do, on the lanes of this process.
+"""What the units of a GRPO step do, on whichever lane they run.
 
-`Program` owns the arrays of a run: weights on each mesh, optimiser state, and
-the samples of the step under way. `pipeline/execute.py` decides when each of
-its five actions runs; every action returns at once with a handle.
+`Program` owns the samples of the steps under way and knows the islands that
+hold the weights. `pipeline/execute.py` decides when each of its actions runs,
+and where; every action returns at once with a handle.
 """
 
 import concurrent.futures
@@ -15,13 +15,15 @@ import numpy as np
 
 from digen_jax.config import Config
 from digen_jax.data.embeddings import match_text
+from digen_jax.data.prompts import PromptStream
 from digen_jax.errors import UserError
 from digen_jax.grpo.advantages import group_advantages
 from digen_jax.grpo.windows import window_start
-from digen_jax.parallel.mesh import padded_size
+from digen_jax.links import Link, Pending
+from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Handle, Start
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
-from digen_jax.placement import Call, Placement
+from digen_jax.policy import Recipe
 from digen_jax.rewards.compose import Composite
 from digen_jax.types import Conditioning, TrainBatch
 
@@ -31,18 +33,18 @@ WINDOW_STREAM = 0x57494E44  # noise is keyed by the step itself, far below
 
 @dataclasses.dataclass(frozen=True)
 class DeviceWork(Handle):
-  """Arrays being computed, and what to do with them on the host."""
+  """What an island is computing, and what to do with it on the host."""
 
-  arrays: Any
+  pending: Pending
   take: Callable[[Any], None]
 
   def ready(self) -> bool:
-    """Whether every array has been computed."""
-    return all(leaf.is_ready() for leaf in jax.tree.leaves(self.arrays))
+    """Whether it has been computed."""
+    return self.pending.ready()
 
   def finish(self) -> frozenset[int]:
-    """Hands the arrays over."""
-    self.take(self.arrays)
+    """Hands the result over."""
+    self.take(self.pending.result())
     return NOTHING
 
 
@@ -91,6 +93,8 @@ class Samples:
     parts: reward name -> [N] float32.
     advantages: [N] float32, NaN where not known yet.
     images: [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
+    version: [N] int32, the policy version each was generated with.
+    generated_by: lane name -> Generate units.
   """
 
   def __init__(
@@ -110,9 +114,12 @@ class Samples:
     self.rewards = np.full(count, np.nan, np.float32)
     self.parts = {n: np.full(count, np.nan, np.float32) for n in reward_names}
     self.advantages = np.full(count, np.nan, np.float32)
+    self.version = np.full(count, step, np.int32)
+    self.generated_by: dict[str, int] = {}
 
-  def store(self, unit: Unit, arrays: tuple) -> None:
+  def store(self, lane: str, unit: Unit, arrays: tuple) -> None:
     """Takes in what a Generate unit made; padding rows are dropped."""
+    self.generated_by[lane] = self.generated_by.get(lane, 0) + 1
     trajectory, images = jax.tree.map(np.asarray, arrays)
     if self.states is None:
       count = self.work.samples
@@ -128,16 +135,41 @@ class Samples:
     rewards = self.rewards.reshape(self.work.groups, self.work.group_size)
     return frozenset(g for g in groups if (rewards[g] == rewards[g, 0]).all())
 
+  def staleness(self, rows: slice = slice(None)) -> np.ndarray:
+    """By how many updates the policy was older than the step: [n] int32."""
+    return self.step - self.version[rows]
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+  """The islands of a run and who does what by itself.
+
+  Attributes:
+    links: the way to each, by lane name.
+    rollout: the lane that generates.
+    trainer: the lane that owns the training state; may be the same.
+    generators: all lanes that can generate, assisting or not.
+    learners: all lanes that can compute gradients.
+  """
+
+  links: dict[str, Link]
+  rollout: str
+  trainer: str
+  generators: tuple[str, ...]
+  learners: tuple[str, ...]
+
 
 class Program:
-  """The five actions, and the arrays they share."""
+  """The actions, and the samples they share."""
 
   def __init__(
     self,
     config: Config,
     work: Workload,
-    placement: Placement,
+    recipe: Recipe,
+    team: Team,
     reward: Composite,
+    stream: PromptStream,
     conditioning: Conditioning,
     negative: Conditioning | None,
   ):
@@ -146,99 +178,165 @@ class Program:
     Args:
       config: the run.
       work: what a global step consists of.
-      placement: compiled functions and arrays, by lane.
+      recipe: what is fixed.
+      team: islands, by lane.
       reward: what scores images.
+      stream: the prompts of every step.
       conditioning: [P, ...] host arrays, one row per training prompt.
       negative: [1, ...] host arrays, with classifier-free guidance.
     """
-    self.config, self.work, self.placement = config, work, placement
-    self.reward = reward
+    self.config, self.work, self.recipe = config, work, recipe
+    self.team, self.links = team, team.links
+    self.reward, self.stream = reward, stream
     self.conditioning, self.negative = match_text(conditioning, negative)
-    self.samples: Samples | None = None
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0
+    self.resharded_blocks = False
     sampling = config.sampling
     self._step_weights = np.ones(sampling.num_steps, np.float32)
     if config.train.weight_by_noise:
       trained = sampling.window_first or sampling.num_steps - 1
-      self._step_weights = placement.recipe.step_weights(trained)
+      self._step_weights = recipe.step_weights(trained)
     self._threads = concurrent.futures.ThreadPoolExecutor(
       max_workers=4, thread_name_prefix="reward"
     )
+    self._steps: dict[int, Samples] = {}
 
   @property
   def starts(self) -> dict[Kind, Start]:
-    """The actions by kind, as `execute.run_step` takes them."""
+    """The actions by kind, as `execute.Executor` takes them."""
     return {
       Kind.GENERATE: self.generate,
       Kind.SCORE: self.score,
       Kind.TRAIN: self.train,
       Kind.UPDATE: self.update,
       Kind.PUBLISH: self.publish,
+      Kind.SWITCH: self.switch,
     }
 
-  def begin_step(
-    self, step: int, prompts: Sequence[str], prompt_ids: np.ndarray
-  ) -> None:
-    """Forgets the last step's samples and draws this step's windows."""
-    sampling = self.config.sampling
-    start = window_starts(
-      self.config.seed,
-      step,
-      self.work.groups,
-      (sampling.num_steps, self.work.window, sampling.window_first or None),
-    )
-    self.samples = Samples(
-      step,
-      self.work,
-      prompts,
-      prompt_ids,
-      start,
-      [reward.name for reward in self.reward.rewards],
-    )
+  def begin_step(self, step: int) -> None:
+    """Forgets earlier steps; this one may have stale samples already."""
+    self._steps = {k: v for k, v in self._steps.items() if k >= step}
+    self.samples = self._of(step)
     self.sums = {}
-    self._order = {
-      unit: i
-      for i, unit in enumerate(
-        u for u in step_units(self.work, step) if u.kind == Kind.TRAIN
-      )
-    }
+    trains = [u for u in step_units(self.work, step) if u.kind == Kind.TRAIN]
+    self._order = {unit: i for i, unit in enumerate(trains)}
     self._early: dict[Unit, Any] = {}
-    self._gradient = None
     self._summed = 0
     self.updated = False
 
-  def warm_up(self) -> None:
-    """Compiles everything, before the clock starts; changes nothing."""
-    self.begin_step(0, [""] * self.work.groups, np.zeros(self.work.groups, int))
-    units = step_units(self.work, 0)
-    first = {unit.kind: unit for unit in reversed(units)}
-    shape = self.placement.recipe.latent_shape
+  def _of(self, step: int) -> Samples:
+    """The samples of a step; of a new one its prompts and windows are drawn."""
+    if step not in self._steps:
+      sampling, ids = self.config.sampling, self.stream.indices(step)
+      window = sampling.num_steps, self.work.window, sampling.window_first
+      self._steps[step] = Samples(
+        step,
+        self.work,
+        [self.stream.prompts[i] for i in ids],
+        ids,
+        window_starts(
+          self.config.seed,
+          step,
+          self.work.groups,
+          (*window[:2], window[2] or None),
+        ),
+        [reward.name for reward in self.reward.rewards],
+      )
+    return self._steps[step]
+
+  def warm_up(self, step: int) -> None:
+    """Compiles everything, before the clock starts; changes nothing.
+
+    Args:
+      step: the one that comes next.
+    """
+    calls = self._first_calls(step)
+    with concurrent.futures.ThreadPoolExecutor(len(self.links)) as pool:
+      lanes = {lane for lane, _ in calls}
+      work = [
+        pool.submit(self._prepare, [c for c in calls if c[0] == lane])
+        for lane in sorted(lanes)
+      ]
+      for future in work:
+        future.result()
+
+  def _prepare(self, calls: list[tuple[str, tuple]]) -> None:
+    for lane, args in calls:
+      self.links[lane].call("prepare", *args).result()
+
+  def calibrate(self, step: int, costs: Costs) -> None:
+    """Measures what every lane can do, so that the first step has a plan.
+
+    A trainer that assists is measured in both of its forms, and the one that
+    is sooner through with a quarter of a step's samples is kept.
+    """
+    units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
+    kinds = {"generate": Kind.GENERATE, "gradients": Kind.TRAIN}
+    for lane, (method, *args) in self._first_calls(step):
+      link, unit = self.links[lane], units[kinds[method]]
+      seconds = link.call("measure", method, *args).result()
+      own = lane == self.team.rollout or method == "gradients"
+      if not own and self.config.pipeline.tag_layout != "trainer":
+        switch = link.call("measure", "switch", True).result()
+        block = link.call("measure", method, *args).result()
+        link.call("switch", False).result()
+        count = -(-self.work.samples // unit.samples // 4)
+        forced = self.config.pipeline.tag_layout == "rollout"
+        if forced or switch + count * block < count * seconds:
+          self.resharded_blocks, seconds = True, block
+          costs.observe(lane, Unit(Kind.SWITCH, step), switch)
+      costs.observe(lane, unit, seconds)
+
+  def _first_calls(self, step: int) -> list[tuple[str, tuple]]:
+    """(lane, call) with the shapes of all later ones, by everybody."""
+    self.begin_step(step)
+    units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
+    generate, train = units[Kind.GENERATE], units[Kind.TRAIN]
+    shape = self.recipe.latent_shape
     self.samples.states = np.zeros(
       (self.work.samples, self.work.window + 1, *shape), np.float32
     )
-    self.placement.compile(
-      self._generate_call(self.placement.rollout_lane, first[Kind.GENERATE]),
-      self._gradients_call(self.placement.trainer_lane, first[Kind.TRAIN]),
-    )
-    self.placement.publish()  # the same version once more
+    self.samples.rewards[:] = np.arange(self.work.samples)
+    calls = [
+      (lane, ("generate", step, *self._generate_args(lane, generate)))
+      for lane in self.team.generators
+    ]
+    calls += [
+      (lane, ("gradients", 0, *self._gradients_args(lane, train)))
+      for lane in self.team.learners
+    ]
+    self._steps = {}
+    return calls
 
   def generate(self, lane: str, unit: Unit) -> Handle:
     """Samples, decodes, and brings the trajectories to the host."""
-    samples = self.samples
-    call = self._generate_call(lane, unit)
+    samples = self._of(unit.step)
+    version = min(unit.step, self.samples.step)
+    samples.version[unit.start : unit.stop] = version
+    args = self._generate_args(lane, unit)
     return DeviceWork(
-      self.placement.run(call), lambda arrays: samples.store(unit, arrays)
+      self.links[lane].call("generate", version, *args),
+      lambda arrays: samples.store(lane, unit, arrays),
     )
 
-  def _generate_call(self, lane: str, unit: Unit) -> Call:
-    samples = self.samples
+  def switch(self, lane: str, unit: Unit) -> Handle:
+    """Prepares a lane to assist."""
+    del unit
+    resharded = self.resharded_blocks
+    return DeviceWork(
+      self.links[lane].call("switch", resharded), lambda _: None
+    )
+
+  def _generate_args(self, lane: str, unit: Unit) -> tuple:
+    """Arguments of `policy.generate`, on the host."""
+    samples = self._of(unit.step)
     size = min(self.work.generate_size, self.work.samples)
     index = self._padded(np.arange(unit.start, unit.stop), size, lane)
     groups = self._groups(unit, size)
     group, member = np.divmod(index, self.work.group_size)
-    return self.placement.generate(
-      self._prompts(groups),
+    return (
+      self._prompts(samples, groups),
       self.negative,
       (group - groups[0]).astype(np.int32),
       samples.start[group].astype(np.int32),
@@ -253,7 +351,7 @@ class Program:
   def score(self, lane: str, unit: Unit) -> Handle:
     """Asks the reward, in a thread."""
     del lane
-    samples, size = self.samples, self.work.group_size
+    samples, size = self._of(unit.step), self.work.group_size
     prompts = [samples.prompts[i // size] for i in range(unit.start, unit.stop)]
     images = samples.images[unit.start : unit.stop]
 
@@ -261,18 +359,25 @@ class Program:
       return self.reward.score(images.astype(np.float32) / 255.0, prompts)
 
     return HostWork(
-      self._threads.submit(call), lambda scores: self._take(unit, scores)
+      self._threads.submit(call),
+      lambda scores: self._take(samples, unit, scores),
     )
 
   def train(self, lane: str, unit: Unit) -> Handle:
     """Gradient of a pack of transitions."""
-    call = self._gradients_call(lane, unit)
+    number, args = self._order[unit], self._gradients_args(lane, unit)
+    call = self.links[lane].call_pair
+    metrics, gradient = call("gradients", number, *args)
+    source = number if lane == self.team.trainer else gradient
     return DeviceWork(
-      self.placement.run(call), lambda arrays: self._accumulate(unit, *arrays)
+      metrics, lambda metrics: self._accumulate(unit, metrics, source)
     )
 
-  def _gradients_call(self, lane: str, unit: Unit) -> Call:
-    """Folds samples x steps into rows, sample-major, padded to full packs."""
+  def _gradients_args(self, lane: str, unit: Unit) -> tuple:
+    """Arguments of `policy.gradients`, on the host.
+
+    Samples x steps are folded into rows, sample-major, padded to full packs.
+    """
     samples, steps = self.samples, np.arange(unit.first, unit.last)
     size = min(self.work.train_size, self.work.samples // self.work.updates)
     rows = size * self.work.pack
@@ -289,7 +394,7 @@ class Program:
     groups = self._groups(unit, size)
     dead = samples.dead(groups)
     position = samples.start[group] + slot
-    sigmas = self.placement.recipe.sigmas
+    sigmas = self.recipe.sigmas
     batch = TrainBatch(
       x=samples.states[index, slot],
       x_next=samples.states[index, slot + 1],
@@ -304,10 +409,10 @@ class Program:
       ),
       conditioning=None,  # put together on the device, from far fewer bytes
     )
-    return self.placement.gradients(
+    return (
       batch,
       (group - groups[0]).astype(np.int32),
-      self._prompts(groups),
+      self._prompts(samples, groups),
       self.negative,
     )
 
@@ -317,18 +422,16 @@ class Program:
     missing = -(-size // self.work.group_size) - len(groups)
     return np.concatenate([groups, np.repeat(groups[-1:], missing)])
 
-  def _prompts(self, groups: np.ndarray) -> Conditioning:
+  def _prompts(self, samples: Samples, groups: np.ndarray) -> Conditioning:
     """Conditioning of the prompts of `groups`, [G, ...] on the host."""
-    ids = self.samples.prompt_ids[groups]
+    ids = samples.prompt_ids[groups]
     return jax.tree.map(lambda x: x[ids], self.conditioning)
 
   def update(self, lane: str, unit: Unit) -> Handle:
     """Optimiser update with the accumulated gradient."""
     self._fold()  # dead groups at the end of the update are passed over here
-    gradient, self._gradient = self._gradient, None
     self.updated = True
-    del lane
-    metrics = self.placement.update(gradient)
+    metrics = self.links[lane].call("update")
 
     def take(metrics: dict[str, jax.Array]) -> None:
       norm = float(metrics["grad_norm"])
@@ -343,15 +446,28 @@ class Program:
     return DeviceWork(metrics, take)
 
   def publish(self, lane: str, unit: Unit) -> Handle:
-    """Copies what was trained to the rollout layout, and verifies it."""
-    del lane, unit
-    self.publish_bytes = self.placement.publish()
-    return DeviceWork((), lambda _: None)
+    """Copies what was trained to the rollout layout; verified before use."""
+    pending = self._send(lane, unit.step + 1)
+
+    def take(size: int) -> None:
+      self.publish_bytes = size
+
+    return DeviceWork(pending, take)
+
+  def _send(self, lane: str, version: int) -> Pending:
+    parcel = self.links[lane].call("outgoing", version)
+    return self.links[self.team.rollout].call("receive", parcel)
+
+  def restore(self, step: int) -> None:
+    """Goes on from a checkpoint."""
+    self.links[self.team.trainer].call("restore", step).result()
+    self._send(self.team.trainer, step).result()
 
   def metrics(self) -> dict[str, Any]:
     """What the step's samples and packs say; means over trained rows."""
     samples, sums = self.samples, self.sums
     rows = max(sums.get("rows", 0.0), 1.0)
+    stale = max(sums.get("rows_stale", 0.0), 1.0)
     return {
       "reward_mean": samples.rewards.mean(),
       "reward_std": samples.rewards.std(),
@@ -365,21 +481,30 @@ class Program:
       # Of the first update, which is on-policy; later ones drift by design.
       "ratio_max_abs_log": sums.get("ratio_max_abs_log", 0.0),
       "ratio_max_abs_log_later": sums.get("ratio_max_abs_log_later", 0.0),
+      # Of packs with samples of the version before (TCSS).
+      "ratio_max_abs_log_stale": sums.get("ratio_max_abs_log_stale", 0.0),
+      "ratio_mean_stale": sums.get("ratio_sum_stale", stale) / stale,
+      "clip_fraction_stale": sums.get("clip_sum_stale", 0.0) / stale,
+      "staleness_mean": float(samples.staleness().mean()),
+      "staleness_max": int(samples.staleness().max()),
+      "generated_by": dict(samples.generated_by),
     }
 
-  def _take(self, unit: Unit, scores: Any) -> frozenset[int]:
+  def _take(self, samples: Samples, unit: Unit, scores: Any) -> frozenset[int]:
     """Stores rewards, and advantages where they are all there."""
-    samples, work = self.samples, self.work
+    work = self.work
     samples.rewards[unit.start : unit.stop] = scores.total
     for name, values in scores.parts.items():
       samples.parts[name][unit.start : unit.stop] = values
     if work.scope == "global":
       complete = (
-        [range(work.groups)] if self._scored(range(work.groups)) else []
+        [range(work.groups)]
+        if self._scored(samples, range(work.groups))
+        else []
       )
     else:
       complete = [range(g, g + 1) for g in work.groups_of(unit)]
-      complete = [groups for groups in complete if self._scored(groups)]
+      complete = [g for g in complete if self._scored(samples, g)]
     for groups in complete:
       rows = slice(
         groups[0] * work.group_size, (groups[-1] + 1) * work.group_size
@@ -395,21 +520,28 @@ class Program:
       )
     return samples.dead([g for groups in complete for g in groups])
 
-  def _scored(self, groups: range) -> bool:
+  def _scored(self, samples: Samples, groups: range) -> bool:
     size = self.work.group_size
     rows = slice(groups[0] * size, (groups[-1] + 1) * size)
-    return not np.isnan(self.samples.rewards[rows]).any()
+    return not np.isnan(samples.rewards[rows]).any()
 
-  def _accumulate(self, unit: Unit, gradient: Any, metrics: Any) -> None:
+  def _accumulate(
+    self, unit: Unit, metrics: dict[str, Any], source: Any
+  ) -> None:
     """Adds a unit's gradient, in canonical order."""
+    stale = self.samples.staleness(slice(unit.start, unit.stop)).any()
     for name, value in metrics.items():
       value = float(value)
       if name == "ratio_max_abs_log":
-        name = name if unit.update == 0 else f"{name}_later"
+        if unit.update:
+          name += "_later"
+        elif stale:
+          name += "_stale"
         self.sums[name] = max(self.sums.get(name, 0.0), value)
-      else:
-        self.sums[name] = self.sums.get(name, 0.0) + value
-    self._early[unit] = gradient
+        continue
+      for key in (name, f"{name}_stale") if stale else (name,):
+        self.sums[key] = self.sums.get(key, 0.0) + value
+    self._early[unit] = source
     self._fold()
 
   def _fold(self) -> None:
@@ -419,7 +551,7 @@ class Program:
       unit = order[self._summed]
       if unit in self._early:
         gradient = self._early.pop(unit)
-        self._gradient = self.placement.add(self._gradient, gradient)
+        self.links[self.team.trainer].call("add", gradient)
       elif not self._is_dead(unit):
         return
       self._summed += 1
@@ -429,6 +561,7 @@ class Program:
     return len(self.samples.dead(groups)) == len(groups)
 
   def _padded(self, rows: np.ndarray, count: int, lane: str) -> np.ndarray:
-    """At least `count` rows, and what the mesh divides, by repetition."""
-    size = padded_size(count, self.placement.meshes[lane])
+    """At least `count` rows, and what the lane divides, by repetition."""
+    shards = self.links[lane].shards
+    size = -(-count // shards) * shards
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), 0)])

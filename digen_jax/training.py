@@ -2,49 +2,72 @@
 
 import dataclasses
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from digen_jax import assemble, run_files
-from digen_jax.checkpoint import Checkpoints
-from digen_jax.config import Config, to_dict
+from digen_jax.config import Config, Pipeline, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.evaluation import Evaluated, evaluate, select
+from digen_jax.island import Island
+from digen_jax.links import Link, LocalLink
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_optimizer, make_schedule
 from digen_jax.parallel.mesh import make_meshes
 from digen_jax.parallel.rules import check_heads
 from digen_jax.pipeline.costs import Costs
-from digen_jax.pipeline.execute import UnitError, run_step
-from digen_jax.pipeline.scheduler import Lane, start_step
-from digen_jax.pipeline.simulate import simulate
+from digen_jax.pipeline.execute import Executor, UnitError
+from digen_jax.pipeline.scheduler import Lane, State, next_step, start_step
+from digen_jax.pipeline.search import Budget, Search
+from digen_jax.pipeline.simulate import Assist, always, simulate
 from digen_jax.pipeline.units import Kind
-from digen_jax.placement import Placement
-from digen_jax.program import Program
+from digen_jax.program import Program, Team
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
-from digen_jax.sampler import Sampler
 from digen_jax.throughput import lane_throughput, unit_flops
 from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
 HOST_SLOTS = 4  # reward calls under way at once
+SEARCH_SECONDS = 0.02  # of a bubble search; units take longer
 
 
-def make_lanes(mode: str) -> list[Lane]:
-  """The lanes of this process, and the host threads that score."""
+def make_lanes(pipeline: Pipeline) -> list[Lane]:
+  """The lanes of a run, and the host threads that score."""
   host = Lane("host", frozenset({Kind.SCORE}), slots=HOST_SLOTS)
-  if mode == "colocated":
+  if pipeline.mode == "colocated":
     return [Lane("colocated", frozenset(Kind) - host.kinds), host]
   trainer = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
+  rat = frozenset({Kind.TRAIN} if pipeline.rat else ())
+  tag = frozenset({Kind.GENERATE} if pipeline.tag else ())
   return [
-    Lane("rollout", frozenset({Kind.GENERATE})),
-    Lane("trainer", trainer),
+    Lane("rollout", frozenset({Kind.GENERATE}), assists=rat),
+    Lane("trainer", trainer, assists=tag),
     host,
   ]
+
+
+def make_team(lanes: Sequence[Lane], links: dict[str, Link]) -> Team:
+  """Who does what, by itself and for others."""
+  devices = [lane for lane in lanes if lane.name in links]
+
+  def own(kind: Kind) -> str:
+    return next(lane.name for lane in devices if kind in lane.kinds)
+
+  def able(kind: Kind) -> tuple[str, ...]:
+    return tuple(i.name for i in devices if kind in i.kinds | i.assists)
+
+  return Team(
+    links,
+    rollout=own(Kind.GENERATE),
+    trainer=own(Kind.TRAIN),
+    generators=able(Kind.GENERATE),
+    learners=able(Kind.TRAIN),
+  )
 
 
 class Run:
@@ -86,12 +109,24 @@ class Run:
     )
     updates = config.steps * config.train.updates_per_batch
     self.schedule = make_schedule(config.train, updates)
-    self.placement = Placement(
-      assembly.recipe,
-      make_optimizer(config.train, updates),
-      self.meshes,
-      assembly.weights,
-    )
+    self.lanes = make_lanes(config.pipeline)
+    optimizer = make_optimizer(config.train, updates)
+    links = {
+      lane.name: LocalLink(
+        Island(
+          lane,
+          self.meshes[lane.name],
+          assembly.recipe,
+          assembly.weights,
+          optimizer,
+        )
+      )
+      for lane in self.lanes
+      if lane.name in self.meshes
+    }
+    self.team = make_team(self.lanes, links)
+    self.rollout = links[self.team.rollout]
+    self.trainer = links[self.team.trainer]
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
@@ -99,37 +134,48 @@ class Run:
     self.program = Program(
       config,
       self.work,
-      self.placement,
+      assembly.recipe,
+      self.team,
       self.reward,
+      self.stream,
       conditioning,
       self.negative,
     )
     self.held_out_conditioning = embed(self.held_out)
-    self.sampler = Sampler(
-      assembly.recipe,
-      self.meshes[self.placement.rollout_lane],
-      self.placement.frozen_rollout,
-      self.placement.decoder,
-    )
-    self.lanes = make_lanes(config.pipeline.mode)
     self.costs = Costs()
-    self.checkpoints = Checkpoints(
-      self.workdir / "checkpoints", config.keep_checkpoints
+    self.executor = Executor(
+      self.lanes,
+      self.program.starts,
+      self.costs,
+      assist=self._assist(),
+      retries=config.pipeline.retries,
+    )
+    self._ahead: State | None = None
+    self.trainer.call(
+      "open_checkpoints",
+      self.workdir / "checkpoints",
+      config.keep_checkpoints,
     )
     self.step = self._resume()
 
+  def _assist(self) -> Assist:
+    """Whether an idle lane should help: searched for, or always."""
+    if not self.config.pipeline.bts:
+      return always
+    return Search(self.lanes, self.costs, Budget(seconds=SEARCH_SECONDS))
+
   def _resume(self) -> int:
     """Loads the newest checkpoint, if any: the step to go on with."""
-    found = self.checkpoints.latest()
+    found = self.trainer.call("latest").result()
     if found is None:
       return 0
     run_files.check_resumable(
       self.config,
       self.fingerprint,
-      self.checkpoints.record(found),
+      self.trainer.call("record", found).result(),
       self.workdir,
     )
-    self.placement.restore(self.checkpoints.load(found, self.placement.state))
+    self.program.restore(found)
     return found
 
   def save(self) -> None:
@@ -142,13 +188,25 @@ class Run:
       "checkpoint": self.fingerprint,
       "config": to_dict(self.config),
     }
-    self.checkpoints.save(self.step, self.placement.state, record)
+    self.trainer.call("save", self.step, record).result()
+
+  def warm_up(self) -> None:
+    """Compiles for every lane; measures what each costs where that decides."""
+    self.program.warm_up(self.step)
+    pipeline = self.config.pipeline
+    if pipeline.mode == "disaggregated" and (pipeline.tag or pipeline.rat):
+      self.program.calibrate(self.step, self.costs)
 
   def evaluate(self) -> Evaluated:
     """Held-out reward of the policy, averaged if the run keeps an average."""
+    params = self.trainer.call("averaged")
+
+    def sample(conditioning: Any, negative: Any, seed: int) -> np.ndarray:
+      call = self.rollout.call
+      return call("sample", params, conditioning, negative, seed).result()
+
     return evaluate(
-      self.sampler,
-      self.placement.evaluated(),
+      sample,
       self.held_out,
       self.held_out_conditioning,
       self.negative,
@@ -166,37 +224,47 @@ class Run:
       UnitError: a unit failed; the state before the step has been saved where
         it still exists.
     """
-    ids = self.stream.indices(self.step)
-    prompts = [self.stream.prompts[i] for i in ids]
-    self.program.begin_step(self.step, prompts, ids)
-    predicted = self._predict()
+    self.program.begin_step(self.step)
+    state = self._state()
+    predicted = self._predict(state)
     start = time.perf_counter()
     try:
-      spans, _ = run_step(
-        start_step(self.work, self.step),
-        self.lanes,
-        self.program.starts,
-        self.costs,
-      )
+      spans, state = self.executor.run(state)
     except UnitError:
       if not self.program.updated:
         self.save()
-      self.checkpoints.wait()
+      self.trainer.call("wait").result()
       raise
     end = time.perf_counter()
+    self._ahead = state if state.ahead is not None else None
     row = self._metrics(spans, start, end)
     row["predicted_step_seconds"] = predicted
     self.step += 1
     return row, spans
 
-  def _predict(self) -> float | None:
+  def _state(self) -> State:
+    """Where the step begins: stale units of it may be under way or done.
+
+    None are started in the step before a checkpoint, which would lose them.
+    """
+    ends = self.step + 1
+    every = self.config.checkpoint_every
+    saved = ends == self.config.steps or _due(ends, every)
+    last = self.step if saved else ends
+    if self._ahead is not None and self._ahead.step + 1 == self.step:
+      return next_step(self._ahead, last=last)
+    return start_step(self.work, self.step, last=last)
+
+  def _predict(self, state: State) -> float | None:
     """Seconds the step should take; None before anything was measured."""
     pairs = [
-      (kind, lane.name) for lane in self.lanes for kind in sorted(lane.kinds)
+      (kind, lane.name)
+      for lane in self.lanes
+      for kind in sorted(lane.kinds - {Kind.SWITCH})
     ]
     if not self.costs.known(pairs):
       return None
-    spans = simulate(start_step(self.work, self.step), self.lanes, self.costs)
+    spans = simulate(state, self.lanes, self.costs, assist=self._assist())
     return max(span.end for span in spans)
 
   def _metrics(
@@ -212,7 +280,8 @@ class Run:
       for span in published
       for lane in lanes
     ]
-    accounting = lane_accounting([*spans, *everywhere], lanes, start, end)
+    ran = [*spans, *everywhere, *self.executor.unfinished()]
+    accounting = lane_accounting(ran, lanes, start, end)
     update = self.step * work.updates
     return {
       "step": self.step,
@@ -220,15 +289,12 @@ class Run:
       **self.program.metrics(),
       **{f"reward_{n}_mean": v.mean() for n, v in samples.parts.items()},
       "learning_rate": float(self.schedule(update)),
-      "staleness_mean": 0.0,
-      "staleness_max": 0,
       "samples": work.samples,
       "step_seconds": seconds,
       "samples_per_second": work.samples / seconds,
       "busy_fraction": {n: accounting[n].busy / seconds for n in lanes},
       "idle_seconds": {n: accounting[n].idle for n in lanes},
       **lane_throughput(spans, self.flops, self.meshes, seconds),
-      "generated_by": _count(spans, Kind.GENERATE),
       "trained_by": _count(spans, Kind.TRAIN),
       "sync_seconds": sum(s.end - s.start for s in published),
       "sync_bytes": self.program.publish_bytes,
@@ -236,7 +302,7 @@ class Run:
 
   def close(self) -> None:
     """Waits for the last checkpoint."""
-    self.checkpoints.close()
+    self.trainer.call("close").result()
 
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
@@ -280,7 +346,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       run.save()
     if run.step < config.steps:
       progress.message(f"compiling for {run_files.describe(run.meshes)}")
-      run.program.warm_up()
+      run.warm_up()
     while run.step < config.steps:
       row, spans = run.train_one_step()
       files.stepped(row, spans)

@@ -24,19 +24,20 @@ def run(config, workdir, steps):
   """(gradient of every update, final parameters, metrics, spans)."""
   job = training.Run(from_config_dict(config), workdir)
   gradients, rows, spans = [], [], []
-  update = job.placement.update
+  trainer, rollout = job.trainer.island, job.rollout.island
+  update = trainer.update
 
-  def recorded(gradient):
-    gradients.append(to_host(gradient))
-    return update(gradient)
+  def recorded():
+    gradients.append(to_host(trainer.total))
+    return update()
 
-  job.placement.update = recorded
+  trainer.update = recorded
   for _ in range(steps):
     row, step_spans = job.train_one_step()
     rows.append(row)
     spans += step_spans
-  params = to_host(job.placement.state["trainable"])
-  published = to_host(job.placement.published)
+  params = to_host(trainer.state["trainable"])
+  published = to_host(rollout.published)
   jax.tree.map(np.testing.assert_array_equal, params, published)
   job.close()
   return gradients, params, rows, spans

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from digen_jax.pipeline.costs import WINDOW, Costs
-from digen_jax.pipeline.execute import UnitError, run_step
+from digen_jax.pipeline.execute import Executor, UnitError
 from digen_jax.pipeline.scheduler import Lane, start_step
 from digen_jax.pipeline.simulate import simulate
 from digen_jax.pipeline.units import Kind, Unit, Workload
@@ -70,9 +70,8 @@ def run(monkeypatch, fail=None):
     return jobs[-1]
 
   costs = Costs()
-  spans, state = run_step(
-    start_step(WORK, 0), LANES, dict.fromkeys(Kind, begin), costs, clock
-  )
+  executor = Executor(LANES, dict.fromkeys(Kind, begin), costs, clock=clock)
+  spans, state = executor.run(start_step(WORK, 0))
   return spans, state, jobs, costs
 
 

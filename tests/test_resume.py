@@ -28,7 +28,7 @@ def final_params(config, workdir):
   """State of a finished run; its split need not be that of `config`."""
   job = training.Run(from_config_dict(config), workdir)
   assert job.step == config.steps
-  params = to_host(job.placement.state)
+  params = to_host(job.trainer.island.state)
   job.close()
   return params
 
@@ -106,7 +106,7 @@ def launch_train(config_file, workdir):
 def saved_state(workdir):
   """Arrays of the newest checkpoint, and the metrics rows."""
   job = training.Run(runs.read_config(workdir), workdir)
-  state = to_host(job.placement.state)
+  state = to_host(job.trainer.island.state)
   assert job.step == 5
   job.close()
   rows = read_metrics(workdir / "metrics.jsonl")

@@ -33,29 +33,31 @@ def own(tree: Any) -> Any:
   return jax.tree.map(jnp.copy, tree)
 
 
-def checksum(tree: Any) -> tuple[int, np.ndarray]:
-  """Number of leaves and one checksum each, the same in every layout.
+def checksums(tree: Any) -> list[jax.Array]:
+  """A checksum of every leaf, the same in every layout: [] uint32 each.
 
   The checksum of a leaf is the sum of its bit patterns modulo 2**32: exact, so
   it does not depend on the order of summation, that is, on the sharding.
-  Elements are weighted by their position, so that permuted shards show.
-
-  Returns:
-    (leaves, [leaves] uint32).
+  Elements are weighted by their position, so that permuted shards show. The
+  arrays may still be under way.
   """
-  leaves = jax.tree.leaves(tree)
-  sums = [_leaf_checksum(leaf) for leaf in leaves]
-  return len(leaves), np.asarray(jax.device_get(sums), np.uint32)
+  return [_leaf_checksum(leaf) for leaf in jax.tree.leaves(tree)]
 
 
-def verify(source: Any, received: Any) -> None:
-  """Raises RuntimeError unless both trees hold the same leaves and bits."""
-  (n_sent, sent), (n_got, got) = checksum(source), checksum(received)
-  if n_sent != n_got or not np.array_equal(sent, got):
-    wrong = "" if n_sent != n_got else f", {int((sent != got).sum())} differ"
+def check(sent: Any, received: Any) -> None:
+  """Raises RuntimeError unless two lists of checksums are equal."""
+  sent, received = (
+    np.asarray(jax.device_get(sums), np.uint32) for sums in (sent, received)
+  )
+  if len(sent) != len(received) or not np.array_equal(sent, received):
+    wrong = (
+      ""
+      if len(sent) != len(received)
+      else f", {int((sent != received).sum())} differ"
+    )
     raise RuntimeError(
-      f"weight publish failed its check: {n_sent} leaves sent, {n_got} bound"
-      f"{wrong}; the previous version stays in use"
+      f"weight publish failed its check: {len(sent)} leaves sent, "
+      f"{len(received)} bound{wrong}; the previous version stays in use"
     )
 
 

@@ -9,18 +9,20 @@ ready. Host work (rewards) runs in threads of its own, behind the same handle.
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.scheduler import (
   Lane,
   State,
   finished,
+  needs_switch,
   next_unit,
   on_done,
+  on_lost,
   on_start,
 )
-from digen_jax.pipeline.simulate import unit_span
+from digen_jax.pipeline.simulate import Assist, always, unit_span
 from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.timeline import Span
 
@@ -59,80 +61,132 @@ class UnitError(RuntimeError):
 
 @dataclasses.dataclass
 class _Running:
+  """A unit under way; `then` follows on its lane at once (after a switch)."""
+
   lane: Lane
   unit: Unit
   handle: Handle
   span: Span
+  then: Unit | None = None
 
 
-def run_step(
-  state: State,
-  lanes: Sequence[Lane],
-  starts: Mapping[Kind, Start],
-  costs: Costs,
-  clock: Callable[[], float] = time.perf_counter,
-) -> tuple[list[Span], State]:
-  """Executes a global step.
+class Executor:
+  """Runs global steps on real lanes; stale units live on between them."""
 
-  Args:
-    state: `scheduler.start_step(...)`.
-    lanes: who executes.
-    starts: for every kind, the function that begins a unit on a lane and
-      returns at once with its handle.
-    costs: told the seconds of every unit.
-    clock: seconds, monotonic.
+  def __init__(
+    self,
+    lanes: Sequence[Lane],
+    starts: Mapping[Kind, Start],
+    costs: Costs,
+    *,
+    assist: Assist = always,
+    retries: int = 0,
+    clock: Callable[[], float] = time.perf_counter,
+  ):
+    """Nothing runs yet.
 
-  Returns:
-    Spans in order of completion, and the final state.
+    Args:
+      lanes: who executes.
+      starts: for every kind, the function that begins a unit on a lane and
+        returns at once with its handle.
+      costs: told the seconds of every unit, and asked for what is left.
+      assist: whether an idle lane should take what is not its own work.
+      retries: how often a unit that fails is run again in a step, in all.
+      clock: seconds, monotonic.
+    """
+    self._lanes, self._starts, self._costs = tuple(lanes), starts, costs
+    self._assist, self._retries, self._clock = assist, retries, clock
+    self._running: list[_Running] = []
+    self._spans: list[Span] = []
 
-  Raises:
-    UnitError: a unit raised. Whatever still runs is waited for first, so that
-      nothing is in flight when the caller writes its checkpoint.
-  """
-  running: list[_Running] = []
-  spans: list[Span] = []
-  while not finished(state):
-    progressed = False
-    for item in list(running):
-      if not item.handle.ready():
-        continue
-      now = clock()
-      running.remove(item)
-      state = _finish(state, item, running)
-      spans.append(dataclasses.replace(item.span, end=now))
-      costs.observe(item.lane.name, item.unit, now - item.span.start)
-      progressed = True
-    for lane in lanes:
-      while (unit := next_unit(state, lane)) is not None:
-        now = clock()
-        span = unit_span(lane.name, unit, state, now, now)
-        state = on_start(state, lane, unit)
-        handle = _guard(lane, unit, running, starts[unit.kind], lane.name, unit)
-        running.append(_Running(lane, unit, handle, span))
+  def run(self, state: State) -> tuple[list[Span], State]:
+    """Executes the step under way to its end.
+
+    Args:
+      state: `scheduler.start_step(...)`, or `next_step` of what this returned.
+
+    Returns:
+      Spans of the units that have ended since the last call, in order of
+      completion, and the state at the end of the step.
+
+    Raises:
+      UnitError: a unit raised. Whatever still runs is waited for first, so
+        that nothing is in flight when the caller writes its checkpoint.
+    """
+    self._spans, retries = [], self._retries
+    while not finished(state):
+      progressed = False
+      for item in list(self._running):
+        if not item.handle.ready():
+          continue
+        self._running.remove(item)
+        try:
+          state = self._end(state, item)
+        except Exception as cause:
+          state = self._failed(state, item.lane, item.unit, cause, retries)
+          retries -= 1
         progressed = True
-    if not progressed:
-      if not running:
-        raise RuntimeError(f"{state.left} units are left that no lane can do")
+      for lane in self._lanes:
+        while (unit := next_unit(state, lane, self._worth)) is not None:
+          switch = needs_switch(state, lane, unit)
+          before, state = state, on_start(state, lane, unit)
+          try:
+            if switch:
+              self._begin(before, lane, Unit(Kind.SWITCH, unit.step), unit)
+            else:
+              self._begin(before, lane, unit)
+          except Exception as cause:
+            state = self._failed(state, lane, unit, cause, retries)
+            retries -= 1
+          progressed = True
+      if not progressed:
+        if not self._running:
+          raise RuntimeError(f"{state.left} units are left that no lane can do")
+        time.sleep(POLL_SECONDS)
+    return self._spans, state
+
+  def unfinished(self) -> list[Span]:
+    """Spans of what is under way, up to now."""
+    now = self._clock()
+    return [dataclasses.replace(i.span, end=now) for i in self._running]
+
+  def _begin(
+    self, state: State, lane: Lane, unit: Unit, then: Unit | None = None
+  ) -> None:
+    now = self._clock()
+    span = unit_span(lane.name, unit, state, now, now)
+    handle = self._starts[unit.kind](lane.name, unit)
+    self._running.append(_Running(lane, unit, handle, span, then))
+
+  def _end(self, state: State, item: _Running) -> State:
+    now, lane = self._clock(), item.lane
+    dead = item.handle.finish()
+    self._spans.append(dataclasses.replace(item.span, end=now))
+    self._costs.observe(lane.name, item.unit, now - item.span.start)
+    if item.then is None:
+      return on_done(state, lane, item.unit, dead)
+    self._begin(state, lane, item.then)
+    return state
+
+  def _worth(self, state: State, lane: Lane, unit: Unit) -> bool:
+    now = self._clock()
+    left = {}
+    for item in self._running:
+      cost = self._costs(item.lane.name, item.unit)
+      if item.then is not None:
+        cost += self._costs(item.lane.name, item.then)
+      key = item.lane.name, item.then or item.unit
+      left[key] = max(cost - (now - item.span.start), 0.0)
+    return self._assist(state, lane, unit, left)
+
+  def _failed(
+    self, state: State, lane: Lane, unit: Unit, cause: Exception, retries: int
+  ) -> State:
+    """Puts the unit back, or waits for the others and names it."""
+    # Updates change what they start from; they are never run again.
+    if retries > 0 and unit.kind not in (Kind.UPDATE, Kind.PUBLISH):
+      return on_lost(state, lane, unit)
+    while not all(item.handle.ready() for item in self._running):
       time.sleep(POLL_SECONDS)
-  return spans, state
-
-
-def _finish(state: State, item: _Running, others: list[_Running]) -> State:
-  dead = _guard(item.lane, item.unit, others, item.handle.finish)
-  return on_done(state, item.lane, item.unit, dead)
-
-
-def _guard(
-  lane: Lane,
-  unit: Unit,
-  others: list[_Running],
-  call: Callable[..., Any],
-  *args: Any,
-) -> Any:
-  """Calls; on failure waits for the other units, then names the failed one."""
-  try:
-    return call(*args)
-  except Exception as cause:
-    while not all(item.handle.ready() for item in others):
-      time.sleep(POLL_SECONDS)
+    self._running.clear()
     raise UnitError(lane.name, unit, cause) from cause

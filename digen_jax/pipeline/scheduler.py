@@ -275,20 +275,33 @@ def on_done(
   return _with(state, progress, state.running - {(lane.name, unit)})
 
 
-def on_lost(state: State, lane: Lane) -> State:
-  """`lane` is gone: what it had in hand can start again elsewhere."""
-  for name, unit in state.running:
-    if name == lane.name:
-      progress, member = _find(state, unit)
-      progress = dataclasses.replace(
-        progress,
-        ready=progress.ready | member,
-        started=progress.started & ~member,
-        stale=progress.stale & ~member,
-      )
-      state = _with(state, progress, state.running)
-  running = frozenset(r for r in state.running if r[0] != lane.name)
-  return dataclasses.replace(state, running=running)
+def on_lost(state: State, lane: Lane, lost: Unit | None = None) -> State:
+  """`lane` is gone: what it had in hand can start again elsewhere.
+
+  Args:
+    state: where the run stands.
+    lane: which lane.
+    lost: only this unit of it has failed; None means all that it had.
+  """
+  gone = frozenset(
+    (name, unit)
+    for name, unit in state.running
+    if name == lane.name and lost in (None, unit)
+  )
+  for _, unit in gone:
+    progress, member = _find(state, unit)
+    progress = dataclasses.replace(
+      progress,
+      ready=progress.ready | member,
+      started=progress.started & ~member,
+      stale=progress.stale & ~member,
+    )
+    state = _with(state, progress, state.running)
+  return dataclasses.replace(
+    state,
+    running=state.running - gone,
+    assisting=state.assisting - {lane.name},
+  )
 
 
 def _find(state: State, unit: Unit) -> tuple[Progress, int]:

@@ -1,0 +1,443 @@
+"""The arrays of one lane, and the functions of `policy.py` on its mesh.
+
+A lane that generates holds the published version of the trained parameters;
+the one that trains holds the training state. With TAG and RAT each can do the
+other's work too. Both layouts come from the same logical axes.
+
+Host arrays in; what comes out is on the devices of the lane and may still be
+under way.
+"""
+
+import dataclasses
+import functools
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax.sharding import Mesh
+
+from digen_jax import policy
+from digen_jax.checkpoint import Checkpoints
+from digen_jax.parallel import rules
+from digen_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from digen_jax.parallel.reshard import check, checksums, own, reshard
+from digen_jax.pipeline.scheduler import Lane
+from digen_jax.pipeline.units import Kind
+from digen_jax.sampler import Sampler
+from digen_jax.types import Conditioning, TrainBatch
+
+
+@dataclasses.dataclass(frozen=True)
+class Weights:
+  """What a run starts from, on the host or any device.
+
+  Attributes:
+    trainable: nested dict of parameters to train, float32.
+    frozen: the others.
+    decoder: autoencoder parameters.
+    axes: logical axes of trainable and frozen together.
+  """
+
+  trainable: Any
+  frozen: Any
+  decoder: Any
+  axes: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Parcel:
+  """Weights on their way to another lane.
+
+  Attributes:
+    version: policy version.
+    params: trainable parameters.
+    sums: their checksums, by leaf.
+  """
+
+  version: int
+  params: Any
+  sums: Any
+
+
+class Island:
+  """One lane's mesh and everything on it."""
+
+  def __init__(
+    self,
+    lane: Lane,
+    mesh: Mesh,
+    recipe: policy.Recipe,
+    weights: Weights,
+    optimizer: optax.GradientTransformation,
+  ):
+    """Places the weights; compiles nothing.
+
+    Args:
+      lane: what it does, by itself and for others.
+      mesh: its devices.
+      recipe: the run.
+      weights: version 0.
+      optimizer: from `make_optimizer`.
+    """
+    self.lane, self.mesh, self.recipe = lane, mesh, recipe
+    self.generates = Kind.GENERATE in lane.kinds
+    self.trains = Kind.TRAIN in lane.kinds
+    self._axes = weights.axes
+    self._optimizer = optimizer
+    self._rollout_layout = self._layout(weights.trainable, rules.ROLLOUT)
+    self._trainer_layout = self._layout(weights.trainable, rules.TRAINER)
+    self._frozen_layout = self._layout(weights.frozen, rules.ROLLOUT)
+    trainer_frozen = self._layout(weights.frozen, rules.TRAINER)
+    self.same_layout = (self._rollout_layout, self._frozen_layout) == (
+      self._trainer_layout,
+      trainer_frozen,
+    )
+
+    self.decoder = self.reference = self._incoming = None
+    if Kind.GENERATE in lane.kinds | lane.assists:
+      self.decoder = jax.device_put(weights.decoder, replicated(mesh))
+    if self.generates:
+      self._published = reshard(weights.trainable, self._rollout_layout)
+      self.frozen = reshard(weights.frozen, self._frozen_layout)
+      self.version = 0
+    if self.trains:
+      shared = self.generates and self.same_layout
+      self.frozen_train = (
+        self.frozen if shared else reshard(weights.frozen, trainer_frozen)
+      )
+      trainable = own(reshard(weights.trainable, self._trainer_layout))
+      self.state = {
+        "trainable": trainable,
+        "optimizer": self._init_optimizer(trainable),
+        "ema": own(trainable) if recipe.ema_decay else None,
+      }
+      self.state_version = 0
+    if recipe.kl_weight and Kind.TRAIN in lane.kinds | lane.assists:
+      layout = self._trainer_layout if self.trains else self._rollout_layout
+      self.reference = reshard(weights.trainable, layout)
+    self._block: tuple[Any, Any] | None = None  # of an assisting trainer
+    self._gradients: dict[int, Any] = {}
+    self.total: Any = None
+    self._functions = self._define()
+    self._compiled: dict[tuple, Callable] = {}
+
+  @property
+  def shards(self) -> int:
+    """Into how many parts a batch is split."""
+    return batch_shards(self.mesh)
+
+  # Generating.
+
+  @property
+  def published(self) -> Any:
+    """Trainable parameters of the newest version received, checked."""
+    if self._incoming is not None:
+      parcel, received, sums = self._incoming
+      self._incoming = None
+      check(parcel.sums, sums)
+      self._published, self.version = received, parcel.version
+    return self._published
+
+  def receive(self, parcel: Parcel) -> int:
+    """Takes in a new version. It is checked before it is first used.
+
+    Returns:
+      Bytes received.
+    """
+    received = reshard(parcel.params, self._rollout_layout)
+    self._incoming = parcel, received, checksums(received)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(received))
+
+  def generate(
+    self, version: int, *args: Any
+  ) -> tuple[policy.Trajectory, jax.Array]:
+    """`policy.generate` with a version that this lane must hold.
+
+    Args:
+      version: policy version.
+      *args: prompts, negative, rows, start and numbers of `policy.generate`.
+    """
+    return self._run("generate", *self._generate_args(version, *args))
+
+  def _generate_args(
+    self,
+    version: int,
+    prompts: Conditioning,
+    negative: Conditioning | None,
+    rows: np.ndarray,
+    start: np.ndarray,
+    numbers: tuple[np.ndarray, ...],
+  ) -> tuple:
+    return (
+      *self._generator(version),
+      self.decoder,
+      *self._put(prompts, negative),
+      *self._put_rows(rows, start),
+      (*self._put(*numbers[:2]), *self._put_rows(*numbers[2:])),
+    )
+
+  def _generator(self, version: int) -> tuple[Any, Any]:
+    """Trainable and frozen parameters to generate with."""
+    if self.generates:
+      if version != self.version:
+        _ = self.published  # adopts what has come
+      self._require(version, self.version)
+      return self._published, self.frozen
+    self._require(version, self.state_version)
+    return self._block or (self.state["trainable"], self.frozen_train)
+
+  def switch(self, resharded: bool) -> Any:
+    """Prepares a trainer lane for a block of Generate units.
+
+    Args:
+      resharded: into the generator's layout, for as long as the block lasts;
+        otherwise parameters are gathered anew in every unit.
+    """
+    self._block = None
+    if self.trains and not self.generates and resharded:
+      params = reshard(self.state["trainable"], self._rollout_layout)
+      self._block = params, reshard(self.frozen_train, self._frozen_layout)
+    return self._block
+
+  def sample(
+    self,
+    params: Any,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    seed: int,
+  ) -> np.ndarray:
+    """Deterministic samples for evaluation: see `sampler.Sampler`.
+
+    Args:
+      params: trainable parameters, in any layout; see `averaged`.
+      conditioning: [N, ...] host arrays.
+      negative: [1, ...] host arrays, with guidance.
+      seed: of the noise.
+    """
+    params = reshard(params, self._rollout_layout)
+    return self._sampler(params, conditioning, negative, seed)
+
+  @functools.cached_property
+  def _sampler(self) -> Sampler:
+    return Sampler(self.recipe, self.mesh, self.frozen, self.decoder)
+
+  # Training.
+
+  def gradients(self, number: int, *args: Any) -> tuple[dict, Any]:
+    """`policy.gradients` of a pack.
+
+    Args:
+      number: the owner of the training state keeps the gradient under it.
+      *args: batch, rows, prompts, negative of `policy.gradients`.
+
+    Returns:
+      Metrics, and the gradient if this lane does not own the training state.
+    """
+    self._block = None
+    gradient, metrics = self._run("gradients", *self._gradients_args(*args))
+    if not self.trains:
+      return metrics, gradient
+    self._gradients[number] = gradient
+    return metrics, None
+
+  def _gradients_args(
+    self,
+    batch: TrainBatch,
+    rows: np.ndarray,
+    prompts: Conditioning,
+    negative: Conditioning | None,
+  ) -> tuple:
+    if self.trains:
+      params, frozen = self.state["trainable"], self.frozen_train
+    else:
+      params, frozen = self.published, self.frozen
+    return (
+      params,
+      frozen,
+      self.reference,
+      *self._put_rows(batch, rows),
+      *self._put(prompts, negative),
+    )
+
+  def add(self, gradient: Any) -> None:
+    """Adds to the accumulated gradient.
+
+    Args:
+      gradient: the number of a pack of this lane's, or a gradient.
+    """
+    if isinstance(gradient, int):
+      gradient = self._gradients.pop(gradient)
+    else:
+      gradient = reshard(gradient, self._trainer_layout)
+    if self.total is not None:
+      gradient = self._run("add", self.total, gradient)
+    self.total = gradient
+
+  def update(self) -> dict[str, jax.Array]:
+    """`policy.update` in place; no gradient at all counts as zero."""
+    gradient, self.total, self._block = self.total, None, None
+    if gradient is None:
+      gradient = jax.tree.map(jnp.zeros_like, self.state["trainable"])
+    self.state_version = None
+    self.state, metrics = self._run("update", self.state, gradient)
+    return metrics
+
+  def outgoing(self, version: int) -> Parcel:
+    """What was trained, as a new version."""
+    self.state_version = version
+    params = self.state["trainable"]
+    return Parcel(version, params, checksums(params))
+
+  def averaged(self) -> Any:
+    """What evaluation samples with: the average if there is one."""
+    return self.state["ema" if self.recipe.ema_decay else "trainable"]
+
+  # Checkpoints.
+
+  def open_checkpoints(self, directory: str | Path, keep: int) -> None:
+    """Where the training state is kept; see `checkpoint.Checkpoints`."""
+    self.checkpoints = Checkpoints(directory, keep)
+
+  def latest(self) -> int | None:
+    """Step of the newest checkpoint, or None."""
+    return self.checkpoints.latest()
+
+  def record(self, step: int) -> dict[str, Any]:
+    """The JSON record of a checkpoint."""
+    return self.checkpoints.record(step)
+
+  def save(self, step: int, record: dict[str, Any]) -> None:
+    """Starts a checkpoint of the training state."""
+    self.checkpoints.save(step, self.state, record)
+
+  def restore(self, step: int) -> None:
+    """Goes on from a checkpoint; what is published follows."""
+    self.state = own(self.checkpoints.load(step, self.state))
+    self.state_version = step
+
+  def wait(self) -> None:
+    """Until the last checkpoint has been written."""
+    self.checkpoints.wait()
+
+  def close(self) -> None:
+    """Waits, and releases what writes checkpoints."""
+    self.checkpoints.close()
+
+  # Compiling and calibrating.
+
+  def prepare(self, name: str, *args: Any) -> None:
+    """Compiles "generate" or "gradients" for the shapes of `args`.
+
+    The owner of the training state compiles "add" and "update" with it.
+    """
+    if name == "generate":
+      self._compile(name, *self._generate_args(*args))
+      return
+    self._compile(name, *self._gradients_args(*args[1:]))
+    if self.trains:
+      params = self.state["trainable"]
+      self._compile("add", params, params)
+      self._compile("update", self.state, params)
+
+  def measure(self, name: str, *args: Any) -> float:
+    """Seconds that "generate", "gradients" or "switch" takes; the second run.
+
+    Changes nothing that lasts.
+    """
+    for _ in range(2):
+      start = time.perf_counter()
+      jax.block_until_ready(getattr(self, name)(*args))
+      seconds = time.perf_counter() - start
+    self._gradients.clear()
+    return seconds
+
+  def _run(self, name: str, *args: Any) -> Any:
+    """Dispatches a function; compiles first if that was not done before."""
+    key = self._key(name)
+    if key not in self._compiled:
+      self._compile(name, *args)
+    return self._compiled[key](*args)
+
+  def _compile(self, name: str, *args: Any) -> None:
+    function = self._functions[name]
+    self._compiled[self._key(name)] = function.lower(*args).compile()
+
+  def _key(self, name: str) -> tuple[str, bool]:
+    return name, name == "generate" and self._block is not None
+
+  def _define(self) -> dict[str, Callable]:
+    recipe = self.recipe
+
+    def gather(tree: Any) -> Any:
+      layout = self._layout(tree, rules.ROLLOUT)
+      return jax.lax.with_sharding_constraint(tree, layout)
+
+    layout = self._trainer_layout if self.trains else self._rollout_layout
+    functions = {
+      "generate": jax.jit(
+        functools.partial(policy.generate, recipe, gather),
+        out_shardings=batch_sharding(self.mesh),
+      ),
+      "gradients": jax.jit(
+        functools.partial(policy.gradients, recipe, gather),
+        out_shardings=(layout, replicated(self.mesh)),
+      ),
+    }
+    if self.trains:
+      functions["add"] = jax.jit(
+        functools.partial(jax.tree.map, jnp.add),
+        out_shardings=layout,
+        donate_argnums=(0,),
+      )
+      functions["update"] = jax.jit(
+        functools.partial(policy.update, recipe, self._optimizer),
+        out_shardings=(
+          jax.tree.map(lambda x: x.sharding, self.state),
+          replicated(self.mesh),
+        ),
+        donate_argnums=(0,),
+      )
+    return functions
+
+  def _init_optimizer(self, params: Any) -> Any:
+    """Optimiser state laid out like the parameters it belongs to."""
+    layout = optax.tree.map_params(
+      self._optimizer,
+      lambda _, sharding: sharding,
+      jax.eval_shape(self._optimizer.init, params),
+      self._trainer_layout,
+      transform_non_params=lambda _: replicated(self.mesh),
+    )
+    return jax.jit(self._optimizer.init, out_shardings=layout)(params)
+
+  def _layout(self, tree: Any, table: rules.Rules) -> Any:
+    """Shardings of any part of the parameters."""
+    axes = _like(tree, self._axes)
+    return rules.param_shardings(self.mesh, axes, tree, table)
+
+  def _put(self, *trees: Any) -> Any:
+    """On every device of the lane."""
+    return jax.device_put(trees, replicated(self.mesh))
+
+  def _put_rows(self, *trees: Any) -> Any:
+    """Split over the batch axes of the lane."""
+    return jax.device_put(trees, batch_sharding(self.mesh))
+
+  def _require(self, wanted: int, held: int | None) -> None:
+    if wanted != held:
+      raise RuntimeError(
+        f"lane {self.lane.name!r} was asked for policy version {wanted} and "
+        f"holds {held}"
+      )
+
+
+def _like(tree: Any, whole: Any) -> Any:
+  """The part of nested dict `whole` that has the keys of `tree`."""
+  if not isinstance(tree, Mapping):
+    return whole
+  return {key: _like(value, whole[key]) for key, value in tree.items()}
