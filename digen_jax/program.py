@@ -260,6 +260,7 @@ class Program:
       ]
       for future in work:
         future.result()
+    self._send(self.team.trainer, step).result()  # the same version once more
 
   def _prepare(self, calls: list[tuple[str, tuple]]) -> None:
     for lane, args in calls:

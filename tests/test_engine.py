@@ -11,12 +11,12 @@ from digen_jax.pipeline.units import Kind
 from tests.small_run import distance, small_config, write_prompts
 
 SPLITS = {
-  "colocated": ("colocated", 1, 1, False, False),
-  "sequential": ("disaggregated", 1, 1, False, False),
-  "gap": ("disaggregated", 1, 1, True, False),
-  "gap+tsp": ("disaggregated", 1, 1, True, True),
-  "gap+tsp 2+6": ("disaggregated", 2, 6, True, True),
-  "gap+tsp 5+3": ("disaggregated", 5, 3, True, True),
+  "colocated": ("colocated", 1, 1, {"gap": False, "tsp": False}),
+  "sequential": ("disaggregated", 1, 1, {"gap": False, "tsp": False}),
+  "gap": ("disaggregated", 1, 1, {"tsp": False}),
+  "gap+tsp": ("disaggregated", 1, 1, {}),
+  "gap+tsp 2+6": ("disaggregated", 2, 6, {}),
+  "gap+tsp 5+3": ("disaggregated", 5, 3, {}),
 }
 
 
@@ -44,10 +44,10 @@ def run(config, workdir, steps):
 
 
 def split_config(name, prompts_file):
-  mode, rollout, trainer, gap, tsp = SPLITS[name]
+  mode, rollout, trainer, switches = SPLITS[name]
   config = small_config(prompts_file)
   config.pipeline.mode = mode
-  config.pipeline.gap, config.pipeline.tsp = gap, tsp
+  config.pipeline.update(switches)
   config.mesh.rollout, config.mesh.trainer = rollout, trainer
   return config
 

@@ -1,0 +1,96 @@
+"""TAG, RAT and TCSS on real lanes: who did what, and the same gradients."""
+
+import jax
+import numpy as np
+import pytest
+
+from digen_jax import training
+from digen_jax.checkpoint import to_host
+from digen_jax.config import from_config_dict
+from tests.small_run import distance, small_config, write_prompts
+
+SPLITS = {
+  "1+1": (1, 1, "auto"),
+  "2+6 resharded": (2, 6, "rollout"),
+  "5+3 gathered": (5, 3, "trainer"),
+}
+SLOW = {"1+1", "5+3 gathered"}
+
+
+def config_of(prompts_file, **switches):
+  config = small_config(prompts_file)
+  config.batch.prompts, config.batch.group_size = 6, 4
+  config.pipeline.update(switches)
+  return config
+
+
+def first_step(config, workdir):
+  """(accumulated gradient, new parameters, metrics) of the first step."""
+  job = training.Run(from_config_dict(config), workdir)
+  trainer, gradients = job.trainer.island, []
+  update = trainer.update
+
+  def recorded():
+    gradients.append(to_host(trainer.total))
+    return update()
+
+  trainer.update = recorded
+  job.warm_up()
+  row, _ = job.train_one_step()
+  params = to_host(trainer.state["trainable"])
+  jax.tree.map(
+    np.testing.assert_array_equal, params, to_host(job.rollout.island.published)
+  )
+  job.close()
+  return gradients[0], params, row
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("reference")
+  config = config_of(write_prompts(folder), mode="colocated")
+  return first_step(config, folder / "run")
+
+
+@pytest.mark.parametrize(
+  "name",
+  [pytest.param(n, marks=[pytest.mark.slow] * (n in SLOW)) for n in SPLITS],
+)
+def test_assistance_gives_the_same_gradient(
+  name, reference, prompts_file, tmp_path
+):
+  config = config_of(prompts_file, tag=True, rat=True, bts=False)
+  rollout, trainer, config.pipeline.tag_layout = SPLITS[name]
+  config.mesh.rollout, config.mesh.trainer = rollout, trainer
+  gradient, params, row = first_step(config, tmp_path / "run")
+  assert distance(reference[0], gradient) < 1e-6
+  assert distance(reference[1], params) < 1e-4
+  assert row["ratio_max_abs_log"] <= 1e-6
+  # Both lanes did both kinds of work, and every unit was done once.
+  assert set(row["generated_by"]) == {"rollout", "trainer"}
+  assert set(row["trained_by"]) == {"rollout", "trainer"}
+  assert sum(row["generated_by"].values()) == 6
+  dead = row["zero_std_groups"]
+  assert sum(row["trained_by"].values()) == 6 - dead
+
+
+def test_stale_samples_are_corrected_and_counted(prompts_file, tmp_path):
+  config = config_of(prompts_file, tcss=0.5)
+  config.steps, config.checkpoint_every = 4, 3
+  job = training.Run(from_config_dict(config), tmp_path / "run")
+  rows = []
+  for _ in range(4):
+    if job.step == 3:
+      assert job._ahead is None  # a checkpoint would lose what is under way
+      job.save()
+    rows.append(job.train_one_step()[0])
+    versions = job.program.samples.version.reshape(6, 4)
+    assert (versions == versions[:, :1]).all()  # a unit is a group here
+  job.close()
+  assert [row["staleness_max"] for row in rows] == [0, 1, 1, 0]
+  assert all(row["staleness_mean"] <= 0.5 for row in rows)
+  for row in rows:
+    # On-policy packs stay exact; stale ones are corrected by their ratio.
+    assert row["ratio_max_abs_log"] <= 1e-6
+    assert (row["ratio_max_abs_log_stale"] > 1e-5) == bool(row["staleness_max"])
+    assert sum(row["generated_by"].values()) == 6
