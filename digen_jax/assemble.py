@@ -22,6 +22,8 @@ from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import load_adapters
 from digen_jax.weights.load import (
+  load_abstract,
+  load_abstract_autoencoder,
   load_autoencoder,
   load_model,
   load_pipeline_config,
@@ -36,7 +38,7 @@ class Assembly:
     config: the run.
     model: the denoiser, LoRA adapters included.
     autoencoder: latents to images.
-    weights: split into trainable, frozen, decoder.
+    weights: split into trainable, frozen, decoder; None if left on disk.
     recipe: what is static.
     work: what a global step consists of.
   """
@@ -44,7 +46,7 @@ class Assembly:
   config: Config
   model: Model
   autoencoder: Autoencoder
-  weights: Weights
+  weights: Weights | None
   recipe: Recipe
   work: Workload
 
@@ -70,8 +72,12 @@ def workload(config: Config) -> Workload:
   )
 
 
-def assemble(config: Config) -> Assembly:
+def assemble(config: Config, *, weights: bool = True) -> Assembly:
   """Loads the checkpoint of a config and prepares it for training.
+
+  Args:
+    config: the run.
+    weights: False leaves the weights on disk: the assembly has none.
 
   Raises:
     UserError: the checkpoint is incomplete, damaged or of another family; the
@@ -79,6 +85,11 @@ def assemble(config: Config) -> Assembly:
       file does not fit.
   """
   pipeline = load_pipeline_config(config.checkpoint)
+  if not weights:
+    model = load_abstract(config.checkpoint, dtype=config.dtype.compute)
+    autoencoder = load_abstract_autoencoder(config.checkpoint)
+    recipe = _recipe(config, model, autoencoder, pipeline)
+    return Assembly(config, model, autoencoder, None, recipe, workload(config))
   train = config.train
   adapted = train.lora_rank > 0
   model = load_model(
@@ -102,9 +113,9 @@ def assemble(config: Config) -> Assembly:
   trainable, frozen = lora.split_trainable(
     model.params, "lora" if adapted else "full"
   )
-  weights = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
+  parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
   recipe = _recipe(config, model, autoencoder, pipeline)
-  return Assembly(config, model, autoencoder, weights, recipe, workload(config))
+  return Assembly(config, model, autoencoder, parts, recipe, workload(config))
 
 
 LORA_STREAM = 0x4C4F5241

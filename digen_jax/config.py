@@ -138,6 +138,8 @@ class Pipeline:
     tag_layout: in which layout a trainer generates: "trainer" (parameters are
       gathered in every unit), "rollout" (resharded for a block of units), or
       "auto", by measured cost.
+    lanes: "local", meshes of this process, or "ray", a process for each lane
+      (extra `cluster`).
     retries: how often in a step a unit that failed is run again.
     generate_size: samples per Generate unit; 0 means one group.
     train_size: samples per Train unit; 0 means one group.
@@ -152,6 +154,7 @@ class Pipeline:
   bts: bool = True
   tcss: float = 0.0
   tag_layout: str = "auto"
+  lanes: str = "local"
   retries: int = 0
   generate_size: int = 0
   train_size: int = 0
@@ -334,6 +337,7 @@ def check(config: Config) -> None:
     config.pipeline.tag_layout,
     ("auto", "trainer", "rollout"),
   )
+  _choice("pipeline.lanes", config.pipeline.lanes, ("local", "ray"))
   _choice("tracker", config.tracker, ("", "wandb"))
   if not 0.0 <= config.pipeline.tcss <= 1.0:
     raise UserError(

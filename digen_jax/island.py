@@ -24,7 +24,7 @@ from jax.sharding import Mesh
 from digen_jax import policy
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.parallel import rules
-from digen_jax.parallel.mesh import batch_sharding, batch_shards, replicated
+from digen_jax.parallel.mesh import batch_sharding, replicated
 from digen_jax.parallel.reshard import check, checksums, own, reshard
 from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.units import Kind
@@ -49,6 +49,11 @@ class Weights:
   axes: Any
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("params", "sums"),
+  meta_fields=("version",),
+)
 @dataclasses.dataclass(frozen=True)
 class Parcel:
   """Weights on their way to another lane.
@@ -125,11 +130,6 @@ class Island:
     self.total: Any = None
     self._functions = self._define()
     self._compiled: dict[tuple, Callable] = {}
-
-  @property
-  def shards(self) -> int:
-    """Into how many parts a batch is split."""
-    return batch_shards(self.mesh)
 
   # Generating.
 

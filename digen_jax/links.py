@@ -5,11 +5,14 @@ be an argument of a call to another.
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import jax
+from jax.sharding import Mesh
 
 from digen_jax.island import Island
+from digen_jax.parallel.mesh import batch_shards
 
 
 class Pending(Protocol):
@@ -24,14 +27,33 @@ class Pending(Protocol):
     ...
 
 
-class Link(Protocol):
-  """The way to an island.
+@dataclasses.dataclass(frozen=True)
+class Hardware:
+  """What an island runs on.
 
   Attributes:
-    shards: into how many parts the island splits a batch.
+    shape: sizes of its mesh axes.
+    size: number of devices.
+    shards: into how many parts a batch is split.
+    device_kind: as JAX calls it.
   """
 
+  shape: Mapping[str, int]
+  size: int
   shards: int
+  device_kind: str
+
+  @classmethod
+  def of(cls, mesh: Mesh) -> "Hardware":
+    """Describes a mesh."""
+    kind = mesh.devices.flat[0].device_kind
+    return cls(dict(mesh.shape), mesh.size, batch_shards(mesh), kind)
+
+
+class Link(Protocol):
+  """The way to an island."""
+
+  hardware: Hardware
 
   def call(self, method: str, *args: Any) -> Pending:
     """Calls a method of the island."""
@@ -39,6 +61,10 @@ class Link(Protocol):
 
   def call_pair(self, method: str, *args: Any) -> tuple[Pending, Pending]:
     """Calls a method that returns two things, which are apart from then on."""
+    ...
+
+  def stop(self) -> None:
+    """Lets the island go."""
     ...
 
 
@@ -65,7 +91,7 @@ class LocalLink:
   """An island of this process. Call from one thread."""
 
   def __init__(self, island: Island):
-    self.island, self.shards = island, island.shards
+    self.island, self.hardware = island, Hardware.of(island.mesh)
 
   def call(self, method: str, *args: Any) -> Computing:
     """Calls a method; it dispatches, and returns."""
@@ -76,3 +102,6 @@ class LocalLink:
     """Likewise, for a method that returns two things."""
     first, second = self.call(method, *args).value
     return Computing(first), Computing(second)
+
+  def stop(self) -> None:
+    """Nothing to do: its arrays go with the run."""

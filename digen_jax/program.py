@@ -19,7 +19,8 @@ from digen_jax.data.prompts import PromptStream
 from digen_jax.errors import UserError
 from digen_jax.grpo.advantages import group_advantages
 from digen_jax.grpo.windows import window_start
-from digen_jax.links import Link, Pending
+from digen_jax.lanes import Team
+from digen_jax.links import Pending
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Handle, Start
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
@@ -138,25 +139,6 @@ class Samples:
   def staleness(self, rows: slice = slice(None)) -> np.ndarray:
     """By how many updates the policy was older than the step: [n] int32."""
     return self.step - self.version[rows]
-
-
-@dataclasses.dataclass(frozen=True)
-class Team:
-  """The islands of a run and who does what by itself.
-
-  Attributes:
-    links: the way to each, by lane name.
-    rollout: the lane that generates.
-    trainer: the lane that owns the training state; may be the same.
-    generators: all lanes that can generate, assisting or not.
-    learners: all lanes that can compute gradients.
-  """
-
-  links: dict[str, Link]
-  rollout: str
-  trainer: str
-  generators: tuple[str, ...]
-  learners: tuple[str, ...]
 
 
 class Program:
@@ -563,6 +545,6 @@ class Program:
 
   def _padded(self, rows: np.ndarray, count: int, lane: str) -> np.ndarray:
     """At least `count` rows, and what the lane divides, by repetition."""
-    shards = self.links[lane].shards
+    shards = self.links[lane].hardware.shards
     size = -(-count // shards) * shards
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows), 0)])

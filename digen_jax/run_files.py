@@ -8,14 +8,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import jax
-from jax.sharding import Mesh
-
 from digen_jax import media
 from digen_jax.atomic import write_text
 from digen_jax.config import Config, to_dict
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated
+from digen_jax.links import Hardware
 from digen_jax.metrics import MetricsWriter, truncate_metrics
 from digen_jax.timeline import Span, Timeline
 
@@ -87,15 +85,15 @@ def _start(config: Mapping[str, Any]) -> str:
   return config["checkpoint"] + (f" with {lora}" if lora else "")
 
 
-def describe(meshes: Mapping[str, Mesh]) -> str:
+def describe(hardware: Mapping[str, Hardware]) -> str:
   """E.g. "rollout data=1, trainer fsdp=1"."""
   return ", ".join(
     f"{name} "
     + (
-      " ".join(f"{axis}={n}" for axis, n in mesh.shape.items() if n > 1)
+      " ".join(f"{axis}={n}" for axis, n in lane.shape.items() if n > 1)
       or "1 device"
     )
-    for name, mesh in meshes.items()
+    for name, lane in hardware.items()
   )
 
 
@@ -106,7 +104,7 @@ class RunFiles:
     self,
     workdir: Path,
     config: Config,
-    meshes: Mapping[str, Mesh],
+    hardware: Mapping[str, Hardware],
     step: int,
   ):
     """Opens a run's directory at `step`: what an interrupted run wrote after
@@ -119,8 +117,8 @@ class RunFiles:
         "config": to_dict(config),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        "devices": [d.device_kind for d in jax.devices()],
-        "meshes": {name: dict(mesh.shape) for name, mesh in meshes.items()},
+        "devices": {n: h.device_kind for n, h in hardware.items()},
+        "meshes": {n: dict(h.shape) for n, h in hardware.items()},
       },
     )
     rows = truncate_metrics(workdir / "metrics.jsonl", step)

@@ -9,9 +9,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from jax.sharding import Mesh
-
 from digen_jax.assemble import Assembly
+from digen_jax.links import Hardware
 from digen_jax.models import costs
 from digen_jax.models.vae.costs import DECODERS
 from digen_jax.pipeline.units import Kind
@@ -85,7 +84,7 @@ def unit_flops(assembly: Assembly, text_len: int) -> UnitFlops | None:
 def lane_throughput(
   spans: Iterable[Span],
   flops: UnitFlops | None,
-  meshes: Mapping[str, Mesh],
+  hardware: Mapping[str, Hardware],
   seconds: float,
 ) -> dict[str, Any]:
   """What the lanes achieved in a global step.
@@ -93,7 +92,7 @@ def lane_throughput(
   Args:
     spans: of the step.
     flops: of its units, or None.
-    meshes: devices by lane.
+    hardware: of every lane.
     seconds: wall time of the step.
 
   Returns:
@@ -103,13 +102,13 @@ def lane_throughput(
   if flops is None:
     return {}
   per_row = {Kind.GENERATE: flops.sample, Kind.TRAIN: flops.transition}
-  rates = dict.fromkeys(meshes, 0.0)
+  rates = dict.fromkeys(hardware, 0.0)
   for span in spans:
     if span.name in per_row and span.lane in rates:
       rates[span.lane] += per_row[span.name] * span.args["size"]
   mfu: dict[str, float | None] = {}
-  for lane, mesh in meshes.items():
-    rates[lane] /= seconds * mesh.size * TERA
-    peak = peak_tflops(mesh.devices.flat[0].device_kind)
+  for lane, devices in hardware.items():
+    rates[lane] /= seconds * devices.size * TERA
+    peak = peak_tflops(devices.device_kind)
     mfu[lane] = rates[lane] / peak if peak else None
   return {"tflops_per_second": rates, "mfu": mfu}

@@ -2,72 +2,33 @@
 
 import dataclasses
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from digen_jax import assemble, run_files
-from digen_jax.config import Config, Pipeline, to_dict
+from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.evaluation import Evaluated, evaluate, select
-from digen_jax.island import Island
-from digen_jax.links import Link, LocalLink
+from digen_jax.lanes import lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
-from digen_jax.optimizer import make_optimizer, make_schedule
-from digen_jax.parallel.mesh import make_meshes
-from digen_jax.parallel.rules import check_heads
+from digen_jax.optimizer import make_schedule
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
-from digen_jax.pipeline.scheduler import Lane, State, next_step, start_step
+from digen_jax.pipeline.scheduler import State, next_step, start_step
 from digen_jax.pipeline.search import Budget, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
 from digen_jax.pipeline.units import Kind
-from digen_jax.program import Program, Team
+from digen_jax.program import Program
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
 from digen_jax.throughput import lane_throughput, unit_flops
 from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
-HOST_SLOTS = 4  # reward calls under way at once
 SEARCH_SECONDS = 0.02  # of a bubble search; units take longer
-
-
-def make_lanes(pipeline: Pipeline) -> list[Lane]:
-  """The lanes of a run, and the host threads that score."""
-  host = Lane("host", frozenset({Kind.SCORE}), slots=HOST_SLOTS)
-  if pipeline.mode == "colocated":
-    return [Lane("colocated", frozenset(Kind) - host.kinds), host]
-  trainer = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
-  rat = frozenset({Kind.TRAIN} if pipeline.rat else ())
-  tag = frozenset({Kind.GENERATE} if pipeline.tag else ())
-  return [
-    Lane("rollout", frozenset({Kind.GENERATE}), assists=rat),
-    Lane("trainer", trainer, assists=tag),
-    host,
-  ]
-
-
-def make_team(lanes: Sequence[Lane], links: dict[str, Link]) -> Team:
-  """Who does what, by itself and for others."""
-  devices = [lane for lane in lanes if lane.name in links]
-
-  def own(kind: Kind) -> str:
-    return next(lane.name for lane in devices if kind in lane.kinds)
-
-  def able(kind: Kind) -> tuple[str, ...]:
-    return tuple(i.name for i in devices if kind in i.kinds | i.assists)
-
-  return Team(
-    links,
-    rollout=own(Kind.GENERATE),
-    trainer=own(Kind.TRAIN),
-    generators=able(Kind.GENERATE),
-    learners=able(Kind.TRAIN),
-  )
 
 
 class Run:
@@ -89,19 +50,14 @@ class Run:
     check_tracker(config.tracker)
     if config.sampling.num_frames > 1:
       check_video_writer()
-    self.meshes = make_meshes(
-      config.pipeline.mode, config.mesh.rollout, config.mesh.trainer
-    )
+    lane_axes(config)  # enough devices?
     prompts = read_prompts(config.prompts)
     self.reward = compose(parse(config.reward))
     held_out = read_prompts(config.eval.prompts or config.prompts)
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
-    assembly = assemble.assemble(config)
-    model = assembly.model
-    for mesh in self.meshes.values():
-      heads = model.config.num_attention_heads
-      check_heads(mesh, heads, model.family.class_name)
+    remote = config.pipeline.lanes == "ray"
+    assembly = assemble.assemble(config, weights=not remote)
     self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(
@@ -109,22 +65,9 @@ class Run:
     )
     updates = config.steps * config.train.updates_per_batch
     self.schedule = make_schedule(config.train, updates)
-    self.lanes = make_lanes(config.pipeline)
-    optimizer = make_optimizer(config.train, updates)
-    links = {
-      lane.name: LocalLink(
-        Island(
-          lane,
-          self.meshes[lane.name],
-          assembly.recipe,
-          assembly.weights,
-          optimizer,
-        )
-      )
-      for lane in self.lanes
-      if lane.name in self.meshes
-    }
-    self.team = make_team(self.lanes, links)
+    self.team = make_team(config, assembly)
+    self.lanes, links = self.team.lanes, self.team.links
+    self.hardware = {name: link.hardware for name, link in links.items()}
     self.rollout = links[self.team.rollout]
     self.trainer = links[self.team.trainer]
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
@@ -153,7 +96,7 @@ class Run:
     self._ahead: State | None = None
     self.trainer.call(
       "open_checkpoints",
-      self.workdir / "checkpoints",
+      (self.workdir / "checkpoints").absolute(),
       config.keep_checkpoints,
     )
     self.step = self._resume()
@@ -271,7 +214,7 @@ class Run:
     self, spans: list[Span], start: float, end: float
   ) -> dict[str, Any]:
     samples, work = self.program.samples, self.work
-    lanes = list(self.meshes)
+    lanes = list(self.hardware)
     seconds = end - start
     published = [s for s in spans if s.name == Kind.PUBLISH]
     # Every lane takes part in a publish; the timeline shows it on one.
@@ -294,7 +237,7 @@ class Run:
       "samples_per_second": work.samples / seconds,
       "busy_fraction": {n: accounting[n].busy / seconds for n in lanes},
       "idle_seconds": {n: accounting[n].idle for n in lanes},
-      **lane_throughput(spans, self.flops, self.meshes, seconds),
+      **lane_throughput(spans, self.flops, self.hardware, seconds),
       "trained_by": _count(spans, Kind.TRAIN),
       "sync_seconds": sum(s.end - s.start for s in published),
       "sync_bytes": self.program.publish_bytes,
@@ -303,6 +246,8 @@ class Run:
   def close(self) -> None:
     """Waits for the last checkpoint."""
     self.trainer.call("close").result()
+    for link in self.team.links.values():
+      link.stop()
 
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
@@ -338,14 +283,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     UnitError: a unit of work failed.
   """
   run = Run(config, workdir)
-  files = run_files.RunFiles(run.workdir, config, run.meshes, run.step)
+  files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
   progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:
     if run.step == 0:
       _evaluate(run, files, progress)
       run.save()
     if run.step < config.steps:
-      progress.message(f"compiling for {run_files.describe(run.meshes)}")
+      progress.message(f"compiling for {run_files.describe(run.hardware)}")
       run.warm_up()
     while run.step < config.steps:
       row, spans = run.train_one_step()

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from jax.sharding import Mesh
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,10 +17,10 @@ from digen_jax import models, throughput
 from digen_jax.assemble import assemble
 from digen_jax.config import from_config_dict
 from digen_jax.grpo.train_step import join
+from digen_jax.links import Hardware
 from digen_jax.models import costs, lora
 from digen_jax.models.costs import DENOISERS, Attention, Ledger, Product
 from digen_jax.models.vae.costs import DECODERS
-from digen_jax.parallel.mesh import make_mesh
 from digen_jax.throughput import (
   UnitFlops,
   lane_throughput,
@@ -506,8 +505,10 @@ def test_peaks(kind, peak):
 
 
 def test_lane_throughput(monkeypatch):
-  meshes = {"rollout": make_mesh({"data": 2}, jax.devices()[:2])}
-  meshes["trainer"] = Mesh(np.array(jax.devices()[2:3]), ("data",))
+  hardware = {
+    "rollout": Hardware({"data": 2}, 2, 2, "cpu"),
+    "trainer": Hardware({"data": 1}, 1, 1, "cpu"),
+  }
   spans = [
     Span("generate", "rollout", 0.0, 1.0, {"size": 8}),
     Span("generate", "rollout", 1.0, 2.0, {"size": 4}),
@@ -516,11 +517,11 @@ def test_lane_throughput(monkeypatch):
     Span("update", "trainer", 3.0, 4.0, {"size": 0}),
   ]
   flops = UnitFlops(sample=5e12, transition=2e12)
-  found = lane_throughput(spans, flops, meshes, seconds=4.0)
+  found = lane_throughput(spans, flops, hardware, seconds=4.0)
   rates = {"rollout": 12 * 5 / 4 / 2, "trainer": 6 * 2 / 4}
   assert found["tflops_per_second"] == pytest.approx(rates)
   assert found["mfu"] == {"rollout": None, "trainer": None}
   monkeypatch.setattr(throughput, "PEAKS", ((".*", 15.0),))
-  found = lane_throughput(spans, flops, meshes, seconds=4.0)
+  found = lane_throughput(spans, flops, hardware, seconds=4.0)
   assert found["mfu"] == pytest.approx({"rollout": 0.5, "trainer": 0.2})
-  assert lane_throughput(spans, None, meshes, seconds=4.0) == {}
+  assert lane_throughput(spans, None, hardware, seconds=4.0) == {}

@@ -98,10 +98,10 @@ def test_tensor_axis_must_divide():
 
 def test_tensor_axis_must_not_cut_heads():
   mesh = make_mesh({"tensor": 8}, jax.devices())
-  rules.check_heads(mesh, 24, "FLUX")
+  rules.check_heads(mesh.shape, 24, "FLUX")
   # 12 heads of 128 features: 8 divides the features, not the heads.
   with pytest.raises(UserError, match=r"8, .* 12 attention heads.* axis of 4"):
-    rules.check_heads(mesh, 12, "Wan")
+    rules.check_heads(mesh.shape, 12, "Wan")
 
 
 def tree():

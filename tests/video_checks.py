@@ -199,7 +199,7 @@ def check_full_size_layouts(model, tensors):
   total = sum(math.prod(x.shape) for x in jax.tree.leaves(model.params))
 
   def shard_sizes(mesh, table):
-    rules.check_heads(mesh, heads, "the model")
+    rules.check_heads(mesh.shape, heads, "the model")
     layout = rules.param_shardings(
       mesh, model.logical_axes, model.params, table
     )

@@ -40,17 +40,7 @@ def make_meshes(
     UserError: sizes that are not positive integers or exceed what is there.
   """
   devices = list(jax.devices() if devices is None else devices)
-  sizes = _axis_sizes(rollout, trainer, mode, len(devices))
-  needed = sum(math.prod(axes.values()) for axes in sizes.values())
-  if needed > len(devices):
-    asked = " + ".join(
-      f"{math.prod(axes.values())} ({name})" for name, axes in sizes.items()
-    )
-    raise UserError(
-      f"config.mesh asks for {asked} devices, but there are {len(devices)}: "
-      "lower config.mesh.rollout or config.mesh.trainer, or raise "
-      "config.devices where there is no accelerator"
-    )
+  sizes = mesh_axes(mode, rollout, trainer, len(devices))
   meshes, taken = {}, 0
   for name, axes in sizes.items():
     count = math.prod(axes.values())
@@ -90,8 +80,36 @@ def padded_size(size: int, mesh: Mesh) -> int:
   return -(-size // shards) * shards
 
 
+def mesh_axes(
+  mode: str, rollout: Any, trainer: Any, available: int
+) -> dict[str, dict[str, int]]:
+  """Axis sizes of the meshes that `make_meshes` makes, by lane name.
+
+  Args:
+    mode: as there.
+    rollout: as there.
+    trainer: as there.
+    available: number of devices.
+
+  Raises:
+    UserError: as there.
+  """
+  sizes = _axis_sizes(mode, rollout, trainer, available)
+  needed = sum(math.prod(axes.values()) for axes in sizes.values())
+  if needed > available:
+    asked = " + ".join(
+      f"{math.prod(axes.values())} ({name})" for name, axes in sizes.items()
+    )
+    raise UserError(
+      f"config.mesh asks for {asked} devices, but there are {available}: "
+      "lower config.mesh.rollout or config.mesh.trainer, or raise "
+      "config.devices where there is no accelerator"
+    )
+  return sizes
+
+
 def _axis_sizes(
-  rollout: Any, trainer: Any, mode: str, available: int
+  mode: str, rollout: Any, trainer: Any, available: int
 ) -> dict[str, dict[str, int]]:
   sizes = {
     "rollout": _parse("rollout", rollout, "data"),

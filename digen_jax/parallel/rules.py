@@ -6,7 +6,7 @@ table each: the same model, two layouts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -55,24 +55,24 @@ def param_shardings(
   )
 
 
-def check_heads(mesh: Mesh, heads: int, name: str) -> None:
+def check_heads(shape: Mapping[str, int], heads: int, name: str) -> None:
   """Raises UserError if the `tensor` axis would cut an attention head in two.
 
   The "heads" dimension of a parameter counts features; an axis that divides
   those need not divide the heads, and then every attention would move them.
 
   Args:
-    mesh: where the model will be.
+    shape: axis sizes of the mesh where the model will be.
     heads: how many it has.
     name: of the model.
   """
-  size = mesh.shape["tensor"]
+  size, devices = shape.get("tensor", 1), math.prod(shape.values())
   if heads % size:
     raise UserError(
       f"the tensor axis of the mesh, {size}, does not divide the {heads} "
       f"attention heads of {name}: give config.mesh a tensor axis of "
-      f"{math.gcd(heads, mesh.size)}, the largest that divides both them and "
-      f"the {mesh.size} devices, and the rest to data or fsdp"
+      f"{math.gcd(heads, devices)}, the largest that divides both them and "
+      f"the {devices} devices, and the rest to data or fsdp"
     )
 
 

@@ -195,6 +195,29 @@ def load_autoencoder(
   Raises:
     UserError: as `load_model`.
   """
+  model = load_abstract_autoencoder(
+    path, dtype=dtype, tiling=tiling, sequential=sequential
+  )
+  directory = module_directory(path, "vae")
+  class_name = read_json(directory / "config.json")["_class_name"]
+  params = read_params(
+    directory,
+    model.params,
+    names.NAME_MAPS[class_name],
+    dtype=model.config.dtype,
+    shardings=_shardings(model, mesh, None),
+  )
+  return dataclasses.replace(model, params=params)
+
+
+def load_abstract_autoencoder(
+  path: str | Path,
+  *,
+  dtype: DTypeLike | None = None,
+  tiling: vae.Tiling | None = None,
+  sequential: bool = False,
+) -> vae.Autoencoder:
+  """As `load_autoencoder`, with shapes instead of parameters."""
   directory = module_directory(path, "vae")
   raw = read_json(directory / "config.json")
   family = vae.find_family(raw.get("_class_name", ""))
@@ -202,15 +225,7 @@ def load_autoencoder(
   config = family.parse_config(
     raw, dtype=dtype, tiling=tiling, sequential=sequential
   )
-  model = vae.abstract_autoencoder(config)
-  params = read_params(
-    directory,
-    model.params,
-    names.NAME_MAPS[family.class_name],
-    dtype=dtype,
-    shardings=_shardings(model, mesh, None),
-  )
-  return dataclasses.replace(model, params=params)
+  return vae.abstract_autoencoder(config)
 
 
 def read_params(
@@ -398,7 +413,7 @@ def _shardings(
 
   if isinstance(model, Model):
     heads = model.config.num_attention_heads
-    rules_lib.check_heads(mesh, heads, model.family.class_name)
+    rules_lib.check_heads(mesh.shape, heads, model.family.class_name)
   return rules_lib.param_shardings(
     mesh, model.logical_axes, model.params, rules or rules_lib.ROLLOUT
   )

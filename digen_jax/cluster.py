@@ -1,0 +1,203 @@
+"""Islands in processes of their own: Ray actors (extra `cluster`).
+
+Every lane is an actor with its own JAX runtime, devices and processor cores;
+the process that drives them needs no accelerator. Ray starts by itself on this
+machine, or joins the cluster that RAY_ADDRESS names.
+
+What lanes give each other (weights, gradients of RAT) goes from actor to actor
+through Ray's object store, and not through the driver.
+"""
+
+import dataclasses
+import functools
+import math
+import os
+import pickle
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from digen_jax.config import Config
+from digen_jax.errors import UserError
+from digen_jax.links import Hardware
+from digen_jax.pipeline.scheduler import Lane
+
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+  """Where a lane runs.
+
+  Attributes:
+    axes: sizes of its mesh axes.
+    devices: how many devices that is.
+    cores: processor cores it is pinned to; empty leaves it free.
+    gpus: whether its devices are GPUs that Ray hands out.
+  """
+
+  axes: Mapping[str, int]
+  devices: int
+  cores: tuple[int, ...] = ()
+  gpus: bool = False
+
+
+def start() -> Any:
+  """Starts Ray, or joins a running cluster: the module `ray`.
+
+  Raises:
+    UserError: Ray is not installed.
+  """
+  try:
+    import ray
+  except ImportError as error:
+    raise UserError(
+      "config.pipeline.lanes='ray' needs Ray: pip install 'digen-jax[cluster]'"
+    ) from error
+  if not ray.is_initialized():
+    # The driver's own path, so that actors find the same code.
+    paths = os.pathsep.join(path for path in sys.path if path)
+    ray.init(
+      include_dashboard=False,
+      log_to_driver=False,
+      logging_level="ERROR",
+      runtime_env={"env_vars": {"PYTHONPATH": paths}},
+    )
+  return ray
+
+
+def gpus(ray: Any) -> int:
+  """Number of GPUs in the cluster."""
+  return int(ray.cluster_resources().get("GPU", 0))
+
+
+def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
+  """Sites for lanes: GPUs where the cluster has them, else shares of the cores.
+
+  Args:
+    ray: from `start`.
+    meshes: axis sizes by lane name.
+  """
+  counts = {name: math.prod(axes.values()) for name, axes in meshes.items()}
+  if gpus(ray):
+    return {n: Site(meshes[n], counts[n], gpus=True) for n in meshes}
+  shares = _share(sorted(os.sched_getaffinity(0)), counts)
+  return {n: Site(meshes[n], counts[n], shares[n]) for n in meshes}
+
+
+def _share(
+  cores: Sequence[int], counts: Mapping[str, int]
+) -> dict[str, tuple[int, ...]]:
+  """Cores in proportion to devices; none where there are too few."""
+  if len(cores) < len(counts):
+    return dict.fromkeys(counts, ())
+  total, shares, first = sum(counts.values()), {}, 0
+  names = list(counts)
+  for i, name in enumerate(names):
+    left = len(names) - i - 1
+    share = max(1, round(len(cores) * counts[name] / total))
+    share = min(share, len(cores) - first - left) if left else len(cores)
+    shares[name] = tuple(cores[first : first + share])
+    first += share
+  return shares
+
+
+@dataclasses.dataclass(frozen=True)
+class Remote:
+  """A result that an actor is making."""
+
+  ref: Any
+  future: Any
+
+  def ready(self) -> bool:
+    """Whether it is there, or has failed."""
+    return self.future.done()
+
+  def result(self) -> Any:
+    """The result on the host; raises what the actor raised."""
+    import ray
+
+    try:
+      return ray.get(self.ref)
+    except ray.exceptions.RayTaskError as error:
+      cause = error.cause if isinstance(error.cause, Exception) else error
+      raise cause from None
+
+
+class RayLink:
+  """An island in an actor."""
+
+  def __init__(self, ray: Any, config: Config, lane: Lane, site: Site):
+    """Starts the actor; `hardware` waits for it.
+
+    Args:
+      ray: from `start`.
+      config: the run.
+      lane: what it does.
+      site: where.
+    """
+    server = ray.remote(_server_class())
+    gpus = site.devices if site.gpus else 0
+    self._actor = server.options(num_cpus=0, num_gpus=gpus).remote(
+      dataclasses.asdict(site), pickle.dumps((config, lane))
+    )
+    self._ray = ray
+
+  @functools.cached_property
+  def hardware(self) -> Hardware:
+    """What the island runs on; waits until it is there."""
+    return self._remote(self._actor.describe.remote()).result()
+
+  def call(self, method: str, *args: Any) -> Remote:
+    """Calls a method of the island."""
+    return self._remote(self._actor.call.remote(method, *_refs(args)))
+
+  def call_pair(self, method: str, *args: Any) -> tuple[Remote, Remote]:
+    """Likewise, for a method that returns two things."""
+    call = self._actor.call.options(num_returns=2)
+    first, second = call.remote(method, *_refs(args))
+    return self._remote(first), self._remote(second)
+
+  def stop(self) -> None:
+    """Ends the actor."""
+    self._ray.kill(self._actor)
+
+  def _remote(self, ref: Any) -> Remote:
+    return Remote(ref, ref.future())
+
+
+def _refs(args: Sequence[Any]) -> list[Any]:
+  return [arg.ref if isinstance(arg, Remote) else arg for arg in args]
+
+
+def _server_class() -> type:
+  """The actor's class, which travels by value.
+
+  It pins its process before anything of JAX is imported there: the thread
+  pools of XLA take their size from the cores that they find.
+  """
+
+  class Server:
+    def __init__(self, site: dict, payload: bytes):
+      import os
+      import pickle
+
+      if site["cores"]:
+        os.sched_setaffinity(0, site["cores"])
+      if site["devices"] > 1 and not site["gpus"]:
+        os.environ.setdefault("PJRT_NPROC", str(2 * site["devices"]))
+      import jax
+
+      if not site["gpus"]:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", site["devices"])
+      from digen_jax import serving
+
+      config, lane = pickle.loads(payload)
+      self._served = serving.serve(config, lane, site["axes"])
+
+    def describe(self) -> Any:
+      return self._served.hardware
+
+    def call(self, method: str, *args: Any) -> Any:
+      return self._served.call(method, *args)
+
+  return Server

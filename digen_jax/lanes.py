@@ -1,0 +1,141 @@
+"""The lanes of a run: what each may do, and the islands behind them."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+import jax
+
+from digen_jax.assemble import Assembly
+from digen_jax.config import Config, Pipeline
+from digen_jax.island import Island
+from digen_jax.links import Link, LocalLink
+from digen_jax.optimizer import make_optimizer
+from digen_jax.parallel.mesh import make_meshes, mesh_axes
+from digen_jax.parallel.rules import check_heads
+from digen_jax.pipeline.scheduler import Lane
+from digen_jax.pipeline.units import Kind
+
+HOST_SLOTS = 4  # reward calls under way at once
+
+
+@dataclasses.dataclass(frozen=True)
+class Team:
+  """The islands of a run and who does what by itself.
+
+  Attributes:
+    lanes: all lanes, the host threads that score included.
+    links: the way to each island, by lane name.
+    rollout: the lane that generates.
+    trainer: the lane that owns the training state; may be the same.
+    generators: all lanes that can generate, assisting or not.
+    learners: all lanes that can compute gradients.
+  """
+
+  lanes: tuple[Lane, ...]
+  links: Mapping[str, Link]
+  rollout: str
+  trainer: str
+  generators: tuple[str, ...]
+  learners: tuple[str, ...]
+
+
+def make_lanes(pipeline: Pipeline) -> tuple[Lane, ...]:
+  """The lanes of a run, and the host threads that score."""
+  host = Lane("host", frozenset({Kind.SCORE}), slots=HOST_SLOTS)
+  if pipeline.mode == "colocated":
+    return Lane("colocated", frozenset(Kind) - host.kinds), host
+  trainer = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
+  rat = frozenset({Kind.TRAIN} if pipeline.rat else ())
+  tag = frozenset({Kind.GENERATE} if pipeline.tag else ())
+  return (
+    Lane("rollout", frozenset({Kind.GENERATE}), assists=rat),
+    Lane("trainer", trainer, assists=tag),
+    host,
+  )
+
+
+def lane_axes(config: Config) -> dict[str, dict[str, int]]:
+  """Mesh axes of every lane; reads no weights.
+
+  Raises:
+    UserError: the devices do not suffice, or Ray is wanted and not installed.
+  """
+  if config.pipeline.lanes == "ray":
+    from digen_jax import cluster
+
+    available = cluster.gpus(cluster.start()) or config.devices
+  else:
+    available = jax.device_count()
+  mesh = config.mesh
+  return mesh_axes(config.pipeline.mode, mesh.rollout, mesh.trainer, available)
+
+
+def make_team(config: Config, assembly: Assembly) -> Team:
+  """Places a run's weights on the islands of its lanes.
+
+  Args:
+    config: the run.
+    assembly: with weights for lanes of this process; lanes of other processes
+      load their own.
+
+  Raises:
+    UserError: the meshes do not fit the devices or the model.
+  """
+  lanes, axes = make_lanes(config.pipeline), lane_axes(config)
+  heads = assembly.model.config.num_attention_heads
+  for shape in axes.values():
+    check_heads(shape, heads, assembly.model.family.class_name)
+  if config.pipeline.lanes == "ray":
+    links = _ray_links(config, lanes, axes)
+  else:
+    links = _local_links(config, assembly, lanes)
+  devices = [lane for lane in lanes if lane.name in links]
+
+  def own(kind: Kind) -> str:
+    return next(lane.name for lane in devices if kind in lane.kinds)
+
+  def able(kind: Kind) -> tuple[str, ...]:
+    return tuple(i.name for i in devices if kind in i.kinds | i.assists)
+
+  return Team(
+    lanes,
+    links,
+    rollout=own(Kind.GENERATE),
+    trainer=own(Kind.TRAIN),
+    generators=able(Kind.GENERATE),
+    learners=able(Kind.TRAIN),
+  )
+
+
+def _local_links(
+  config: Config, assembly: Assembly, lanes: Sequence[Lane]
+) -> dict[str, Link]:
+  mesh = config.mesh
+  meshes = make_meshes(config.pipeline.mode, mesh.rollout, mesh.trainer)
+  updates = config.steps * config.train.updates_per_batch
+  optimizer = make_optimizer(config.train, updates)
+  weights, recipe = assembly.weights, assembly.recipe
+  return {
+    lane.name: LocalLink(
+      Island(lane, meshes[lane.name], recipe, weights, optimizer)
+    )
+    for lane in lanes
+    if lane.name in meshes
+  }
+
+
+def _ray_links(
+  config: Config, lanes: Sequence[Lane], axes: Mapping[str, dict[str, int]]
+) -> dict[str, Link]:
+  from digen_jax import cluster
+
+  ray = cluster.start()
+  sites = cluster.place(ray, axes)
+  links = {
+    lane.name: cluster.RayLink(ray, config, lane, sites[lane.name])
+    for lane in lanes
+    if lane.name in sites
+  }
+  for link in links.values():
+    _ = link.hardware  # all load at once; wait for them
+  return links

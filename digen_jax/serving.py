@@ -1,0 +1,68 @@
+"""An island behind calls from another process."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from digen_jax.assemble import assemble
+from digen_jax.config import Config
+from digen_jax.island import Island
+from digen_jax.links import Hardware
+from digen_jax.optimizer import make_optimizer
+from digen_jax.parallel.mesh import make_mesh
+from digen_jax.pipeline.scheduler import Lane
+
+# Methods whose result somebody needs; of others only the end is told.
+ANSWERS = frozenset(
+  {
+    "averaged",
+    "generate",
+    "gradients",
+    "latest",
+    "measure",
+    "outgoing",
+    "receive",
+    "record",
+    "sample",
+    "update",
+  }
+)
+
+
+def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":
+  """Loads a run's checkpoint onto all devices of this process."""
+  assembly = assemble(config)
+  updates = config.steps * config.train.updates_per_batch
+  optimizer = make_optimizer(config.train, updates)
+  mesh = make_mesh(axes, jax.devices())
+  return Served(
+    Island(lane, mesh, assembly.recipe, assembly.weights, optimizer)
+  )
+
+
+class Served:
+  """Calls an island's methods and brings the results to the host.
+
+  A call that has failed nobody may have waited for, so every later one fails
+  with the same error.
+  """
+
+  def __init__(self, island: Island):
+    self._island = island
+    self.hardware = Hardware.of(island.mesh)
+    self._failure: Exception | None = None
+
+  def call(self, method: str, *args: Any) -> Any:
+    """Result of a method, as NumPy arrays."""
+    if self._failure is not None:
+      raise self._failure
+    try:
+      result = getattr(self._island, method)(*args)
+      if method in ANSWERS:
+        return jax.device_get(result)
+      jax.block_until_ready(result)
+      return None
+    except Exception as failure:
+      self._failure = failure
+      raise
