@@ -156,6 +156,10 @@ class RayLink:
     first, second = call.remote(method, *_refs(args))
     return self._remote(first), self._remote(second)
 
+  def apply(self, function: Any, *args: Any) -> Remote:
+    """Calls `function(island, *args)` there; it returns host values."""
+    return self._remote(self._actor.apply.remote(function, *_refs(args)))
+
   def stop(self) -> None:
     """Ends the actor."""
     self._ray.kill(self._actor)
@@ -199,5 +203,8 @@ def _server_class() -> type:
 
     def call(self, method: str, *args: Any) -> Any:
       return self._served.call(method, *args)
+
+    def apply(self, function: Any, *args: Any) -> Any:
+      return function(self._served.island, *args)
 
   return Server

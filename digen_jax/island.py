@@ -358,16 +358,20 @@ class Island:
 
   def _run(self, name: str, *args: Any) -> Any:
     """Dispatches a function; compiles first if that was not done before."""
-    key = self._key(name)
+    key = self._key(name, args)
     if key not in self._compiled:
       self._compile(name, *args)
     return self._compiled[key](*args)
 
   def _compile(self, name: str, *args: Any) -> None:
     function = self._functions[name]
-    self._compiled[self._key(name)] = function.lower(*args).compile()
+    self._compiled[self._key(name, args)] = function.lower(*args).compile()
 
-  def _key(self, name: str) -> tuple[str, bool]:
+  def _key(self, name: str, args: tuple) -> tuple:
+    """Which compiled form: packs of several sizes, blocks in either layout."""
+    if name == "gradients":
+      batch = args[3]
+      return name, batch.weight.shape
     return name, name == "generate" and self._block is not None
 
   def _define(self) -> dict[str, Callable]:

@@ -89,6 +89,11 @@ def make_team(config: Config, assembly: Assembly) -> Team:
     links = _ray_links(config, lanes, axes)
   else:
     links = _local_links(config, assembly, lanes)
+  return team_of(lanes, links)
+
+
+def team_of(lanes: Sequence[Lane], links: Mapping[str, Link]) -> Team:
+  """The team of some lanes, on islands that can do at least as much."""
   devices = [lane for lane in lanes if lane.name in links]
 
   def own(kind: Kind) -> str:
@@ -98,8 +103,8 @@ def make_team(config: Config, assembly: Assembly) -> Team:
     return tuple(i.name for i in devices if kind in i.kinds | i.assists)
 
   return Team(
-    lanes,
-    links,
+    tuple(lanes),
+    {lane.name: links[lane.name] for lane in devices},
     rollout=own(Kind.GENERATE),
     trainer=own(Kind.TRAIN),
     generators=able(Kind.GENERATE),

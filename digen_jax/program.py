@@ -271,6 +271,11 @@ class Program:
           costs.observe(lane, Unit(Kind.SWITCH, step), switch)
       costs.observe(lane, unit, seconds)
 
+  def first_pack(self, lane: str) -> tuple:
+    """Arguments of `Island.gradients` for a pack of made-up samples."""
+    calls = self._first_calls(0)
+    return next(c[2:] for n, c in calls if n == lane and c[0] == "gradients")
+
   def _first_calls(self, step: int) -> list[tuple[str, tuple]]:
     """(lane, call) with the shapes of all later ones, by everybody."""
     self.begin_step(step)

@@ -49,7 +49,7 @@ class Served:
   """
 
   def __init__(self, island: Island):
-    self._island = island
+    self.island = island
     self.hardware = Hardware.of(island.mesh)
     self._failure: Exception | None = None
 
@@ -58,7 +58,7 @@ class Served:
     if self._failure is not None:
       raise self._failure
     try:
-      result = getattr(self._island, method)(*args)
+      result = getattr(self.island, method)(*args)
       if method in ANSWERS:
         return jax.device_get(result)
       jax.block_until_ready(result)

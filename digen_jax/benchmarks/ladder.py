@@ -1,0 +1,411 @@
+"""The ladder: what every technique of the engine adds, measured on two cores.
+
+Two lanes, each a process pinned to one core, run the same global steps with
+one technique more per rung. The bound is what no schedule can beat: all work of
+a step at its measured cost, spread evenly over the lanes.
+
+Overlap is shown before it is used: alone, each lane must use one core, and
+both together must get twice the work of one done; otherwise nothing is
+reported.
+"""
+
+import dataclasses
+import itertools
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from digen_jax import assemble, assets, cluster
+from digen_jax.config import Config, Pipeline, from_config_dict
+from digen_jax.data.prompts import PromptStream, read_prompts
+from digen_jax.errors import UserError
+from digen_jax.lanes import Team, make_lanes, team_of
+from digen_jax.pipeline.costs import Costs
+from digen_jax.pipeline.execute import Executor
+from digen_jax.pipeline.scheduler import next_step, start_step
+from digen_jax.pipeline.search import Budget, Search
+from digen_jax.pipeline.simulate import Assist, always, simulate
+from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
+from digen_jax.program import Program
+from digen_jax.rewards.compose import compose, parse
+from digen_jax.timeline import Span, lane_accounting
+
+RUNGS = ("colocated", "sequential", "gap", "tsp", "tag", "rat", "tcss")
+# What each rung adds to the one before.
+SWITCHES: Mapping[str, Mapping[str, Any]] = {
+  "colocated": {"mode": "colocated", "gap": False, "tsp": False},
+  "sequential": {"gap": False, "tsp": False},
+  "gap": {"gap": True, "tsp": False},
+  "tsp": {"gap": True, "tsp": True},
+  "tag": {"gap": True, "tsp": True, "tag": True},
+  "rat": {"gap": True, "tsp": True, "tag": True, "rat": True},
+  "tcss": {"gap": True, "tsp": True, "tag": True, "rat": True, "tcss": 0.5},
+}
+# Denoising steps and trained steps: how the work divides over the two kinds.
+WORKLOADS: Mapping[str, tuple[int, int]] = {
+  "generation-heavy": (16, 2),
+  "balanced": (12, 4),
+  "training-heavy": (8, 6),
+}
+STEPS = 5  # of a repetition; the first and the last are not counted
+SOLO = (0.97, 1.03)  # cores that a lane alone may use
+OVERLAP = 1.9  # least (A alone + B alone) / both
+
+
+@dataclasses.dataclass(frozen=True)
+class Ran:
+  """A repetition of a rung.
+
+  Attributes:
+    seconds: of every counted step.
+    spans: of all steps.
+    accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
+      step.
+  """
+
+  seconds: list[float]
+  spans: list[Span]
+  accounting: dict[str, dict[str, float]]
+
+
+def run(
+  *,
+  repetitions: int = 3,
+  workloads: Sequence[str] = tuple(WORKLOADS),
+  groups: int = 16,
+  group_size: int = 16,
+  report: Callable[[str], None] = print,
+) -> dict[str, Any]:
+  """Measures the ladder.
+
+  Args:
+    repetitions: of every rung, interleaved.
+    workloads: which of `WORKLOADS`.
+    groups: prompts per step.
+    group_size: samples per prompt.
+    report: told what happens, a line at a time.
+
+  Returns:
+    The record that `launch/benchmark.py` writes.
+
+  Raises:
+    UserError: fewer than two cores, or lanes that do not overlap here.
+  """
+  ray = cluster.start()
+  result: dict[str, Any] = {}
+  tables: dict[str, Any] = {}
+  for name in workloads:
+    config = workload_config(name, groups, group_size)
+    lanes = _Lanes(ray, config)
+    try:
+      report(f"{name}: compiling")
+      rungs = _rungs(config, lanes)
+      if not result:
+        program = rungs["rat"].program
+        args = {lane: program.first_pack(lane) for lane in lanes.pair}
+        result = check_overlap(lanes.links, args, report)
+      tables[name] = _summary(rungs, _repeat(rungs, repetitions, report))
+    finally:
+      lanes.stop()
+  return result | {"workloads": tables}
+
+
+def workload_config(name: str, groups: int, group_size: int) -> Config:
+  """The run that a workload takes its steps from."""
+  steps, window = WORKLOADS[name]
+  prompts = assets.path("prompts_train.txt")
+  return from_config_dict(
+    {
+      "checkpoint": assets.path("tiny_flux"),
+      "prompts": prompts,
+      "reward": "shapes",
+      "steps": 1_000_000,  # nothing is saved, and no step is the last
+      "batch": {"prompts": groups, "group_size": group_size},
+      "sampling": {"num_steps": steps, "window": window, "noise_level": 0.7},
+      "train": {"learning_rate": 1e-6, "remat": "dots"},
+      "pipeline": {"lanes": "ray"},
+      "mesh": {"rollout": 1, "trainer": 1},
+    }
+  )
+
+
+class _Lanes:
+  """The processes that the rungs of a workload share."""
+
+  def __init__(self, ray: Any, config: Config):
+    every = dataclasses.replace(config.pipeline, tag=True, rat=True)
+    one = dataclasses.replace(config.pipeline, mode="colocated")
+    sites = cluster.place(ray, {"rollout": {"data": 1}, "trainer": {"fsdp": 1}})
+    cores = sum((site.cores for site in sites.values()), ())
+    if len(set(cores)) < 2:
+      raise UserError(
+        "the ladder needs a core for each of its two lanes, and this process "
+        "may use one: free another (taskset, cpuset)"
+      )
+    sites["colocated"] = cluster.Site({"fsdp": 2}, 2, cores)
+    self.links = {
+      lane.name: cluster.RayLink(ray, config, lane, sites[lane.name])
+      for pipeline in (every, one)
+      for lane in make_lanes(pipeline)
+      if lane.name in sites
+    }
+    self.pair = ("rollout", "trainer")
+    for link in self.links.values():
+      _ = link.hardware
+
+  def team(self, pipeline: Pipeline) -> Team:
+    """Those of the processes that a rung uses, able to do what it allows."""
+    return team_of(make_lanes(pipeline), self.links)
+
+  def stop(self) -> None:
+    """Ends the processes."""
+    for link in self.links.values():
+      link.stop()
+
+
+class _Rung:
+  """One rung of the ladder, on lanes that it shares with the others."""
+
+  def __init__(
+    self, name: str, config: Config, assembly: Any, lanes: _Lanes, data: Any
+  ):
+    pipeline = dataclasses.replace(config.pipeline, **SWITCHES[name])
+    self.config = dataclasses.replace(config, pipeline=pipeline)
+    self.work = assemble.workload(self.config)
+    self.team = lanes.team(pipeline)
+    self.reward, stream, conditioning = data
+    self.program = Program(
+      self.config,
+      self.work,
+      assembly.recipe,
+      self.team,
+      self.reward,
+      stream,
+      conditioning,
+      None,
+    )
+    self.costs = Costs()
+
+  def assist(self) -> Assist:
+    if not self.team.lanes[0].assists and not self.team.lanes[1].assists:
+      return always
+    return Search(self.team.lanes, self.costs, Budget(seconds=0.02))
+
+  def warm_up(self, step: int) -> None:
+    """Compiles, and measures what nobody has measured yet."""
+    self.program.warm_up(step)
+    self.program.calibrate(step, self.costs)
+
+  def run(self, first: int) -> Ran:
+    """STEPS global steps; those between the first and the last count."""
+    executor = Executor(
+      self.team.lanes, self.program.starts, self.costs, assist=self.assist()
+    )
+    last = first + STEPS - 1
+    state = start_step(self.work, first, last=last)
+    spans: list[Span] = []
+    ends: list[float] = []
+    for step in range(first, last + 1):
+      self.program.begin_step(step)
+      ran, state = executor.run(state)
+      ends.append(time.perf_counter())
+      spans += ran
+      if step < last:
+        state = next_step(state, last=last)
+    names = list(self.team.links)
+    counted = STEPS - 2
+    accounting = lane_accounting(spans, names, ends[0], ends[-2])
+    return Ran(
+      [b - a for a, b in itertools.pairwise(ends[:-1])],
+      spans,
+      {
+        lane: {k: v / counted for k, v in dataclasses.asdict(a).items()}
+        for lane, a in accounting.items()
+      },
+    )
+
+  def predict(self, cost: Callable[[str, Unit], float]) -> float:
+    """Seconds of a counted step, by simulation of a repetition."""
+    last = STEPS - 1
+    assist: Assist = always
+    if any(lane.assists for lane in self.team.lanes):
+      assist = Search(self.team.lanes, cost)
+    state = start_step(self.work, 0, last=last)
+    spans = simulate(state, self.team.lanes, cost, last=last, assist=assist)
+    ends = [
+      max(s.end for s in spans if s.args["step"] == step)
+      for step in range(STEPS)
+    ]
+    return (ends[-2] - ends[0]) / (STEPS - 2)
+
+
+def _rungs(config: Config, lanes: _Lanes) -> dict[str, _Rung]:
+  """All rungs, compiled."""
+  assembly = assemble.assemble(config, weights=False)
+  prompts = read_prompts(config.prompts)
+  data = (
+    compose(parse(config.reward)),
+    PromptStream(tuple(prompts), config.seed, config.batch.prompts),
+    assemble.embed(assembly, prompts),
+  )
+  rungs = {name: _Rung(name, config, assembly, lanes, data) for name in RUNGS}
+  for rung in rungs.values():
+    rung.warm_up(0)
+  return rungs
+
+
+def _repeat(
+  rungs: Mapping[str, _Rung],
+  repetitions: int,
+  report: Callable[[str], None],
+) -> dict[str, list[Ran]]:
+  """Every rung in turn, several times over."""
+  ran: dict[str, list[Ran]] = {name: [] for name in rungs}
+  step = {"colocated": 0, "disaggregated": 0}  # each has its own training
+  for repetition in range(repetitions):
+    for name, rung in rungs.items():
+      mode = rung.config.pipeline.mode
+      ran[name].append(rung.run(step[mode]))
+      step[mode] += STEPS
+      seconds = statistics.median(ran[name][-1].seconds)
+      report(f"  repetition {repetition + 1}  {name:11s} {seconds:.3f} s")
+  return ran
+
+
+def _summary(
+  rungs: Mapping[str, _Rung], ran: Mapping[str, Sequence[Ran]]
+) -> dict[str, Any]:
+  costs = {
+    pack: measured_costs(
+      [
+        s
+        for n in RUNGS
+        if n != "colocated" and rungs[n].work.pack == pack
+        for r in ran[n]
+        for s in r.spans
+      ]
+    )
+    for pack in {rung.work.pack for rung in rungs.values()}
+  }
+  full = rungs["tsp"].work
+  bound = _work_seconds(costs[full.pack], full) / 2
+  medians = {
+    n: statistics.median(s for r in ran[n] for s in r.seconds) for n in RUNGS
+  }
+  table = {}
+  for name, rung in rungs.items():
+    if name == "colocated":
+      cost = measured_costs([s for r in ran[name] for s in r.spans])
+    else:
+      cost = costs[rung.work.pack]
+    table[name] = {
+      "step_seconds": [s for r in ran[name] for s in r.seconds],
+      "median_seconds": medians[name],
+      "bound_fraction": bound / medians[name],
+      "ratio_to_sequential": medians["sequential"] / medians[name],
+      "ratio_to_colocated": medians["colocated"] / medians[name],
+      "predicted_step_seconds": rung.predict(cost),
+      "lanes": {
+        lane: {
+          key: statistics.median(r.accounting[lane][key] for r in ran[name])
+          for key in ("busy", "idle", "switch", "sync")
+        }
+        for lane in rung.team.links
+      },
+    }
+  return {"bound_seconds": bound, "rungs": table}
+
+
+def measured_costs(spans: Sequence[Span]) -> Callable[[str, Unit], float]:
+  """Median seconds by kind, lane and size, as a cost of units."""
+  seen: dict[tuple[str, str, int], list[float]] = {}
+  for span in spans:
+    key = span.name, span.lane, span.args["size"]
+    seen.setdefault(key, []).append(span.end - span.start)
+  table = {key: statistics.median(values) for key, values in seen.items()}
+
+  def cost(lane: str, unit: Unit) -> float:
+    key = unit.kind.value, lane, unit.size
+    if key in table:
+      return table[key]
+    # A lane that has not done this: what the others take.
+    others = [v for (k, _, n), v in table.items() if (k, n) == (key[0], key[2])]
+    return statistics.mean(others) if others else 0.0
+
+  return cost
+
+
+def _work_seconds(cost: Callable[[str, Unit], float], work: Workload) -> float:
+  """Seconds of a step's work on the lanes that it belongs to."""
+  home = {Kind.GENERATE: "rollout", Kind.SCORE: None}
+  total = 0.0
+  for unit in step_units(work, 0):
+    lane = home.get(unit.kind, "trainer")
+    total += cost(lane, unit) if lane else 0.0
+  return total
+
+
+# Overlap.
+
+
+def spin(island: Any, seconds: float, args: tuple) -> tuple[float, float]:
+  """Computes gradients for a while, where the island is.
+
+  Returns:
+    Gradients per second, and the cores used.
+  """
+  count, wall, cpu = 0, time.perf_counter(), time.process_time()
+  while (passed := time.perf_counter() - wall) < seconds:
+    jax.block_until_ready(island.gradients(0, *args))
+    count += 1
+  return count / passed, (time.process_time() - cpu) / passed
+
+
+def check_overlap(
+  links: Mapping[str, cluster.RayLink],
+  args: Mapping[str, tuple],
+  report: Callable[[str], None],
+  seconds: float = 5.0,
+) -> dict[str, Any]:
+  """Shows that two lanes are two lanes.
+
+  Args:
+    links: to "rollout" and "trainer".
+    args: of `Island.gradients`, by lane.
+    report: told the result.
+    seconds: of each measurement.
+
+  Returns:
+    {"solo_cores", "overlap"}: cores used by each lane alone; how much more two
+    lanes do together than one.
+
+  Raises:
+    UserError: a lane alone does not use one core, or both do not do nearly
+      twice the work.
+  """
+  pair = ("rollout", "trainer")
+  for lane in pair:
+    links[lane].apply(spin, 0.5, args[lane]).result()  # compiled, warm
+  alone = [links[n].apply(spin, seconds, args[n]).result() for n in pair]
+  pending = [links[n].apply(spin, seconds, args[n]) for n in pair]
+  both = [p.result() for p in pending]
+  cores = [used for _, used in alone]
+  overlap = sum(b / a for (a, _), (b, _) in zip(alone, both))
+  report(
+    f"alone the lanes use {cores[0]:.2f} and {cores[1]:.2f} cores; together "
+    f"they do {overlap:.2f} times the work of one"
+  )
+  if not all(SOLO[0] <= used <= SOLO[1] for used in cores):
+    raise UserError(
+      f"a lane alone uses {cores[0]:.2f} and {cores[1]:.2f} cores, not one: "
+      "pinning does not work here, so the ladder would show nothing"
+    )
+  if overlap < OVERLAP:
+    raise UserError(
+      f"two lanes do {overlap:.2f} times the work of one, less than {OVERLAP}: "
+      "the cores are shared with something else; try when it has ended"
+    )
+  return {"solo_cores": cores, "overlap": overlap}
