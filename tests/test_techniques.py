@@ -98,6 +98,21 @@ def test_the_search_stops_before_the_trainer_is_late_for_its_own_work():
   assert searched <= end(run(WORK, team, cost))
 
 
+def test_a_lane_counts_on_what_another_has_committed_to():
+  """Else a slow lane takes a unit that the other would finish sooner."""
+  seconds = {"rollout": 4.0, "trainer": 4.0, "slow": 9.0}
+  work = Workload(groups=4, group_size=4, window=1, gap=True)
+  two = lanes(tag=True)
+  three = (*two, Lane("slow", frozenset(), assists=frozenset({Kind.GENERATE})))
+
+  def cost(lane, unit):
+    return seconds[lane] if unit.kind == Kind.GENERATE else 0.125
+
+  shared = end(run(work, two, cost, assist=Search(two, cost)))
+  assert shared < 2 * 4.0 + 1.0
+  assert end(run(work, three, cost, assist=Search(three, cost))) == shared
+
+
 def test_a_switch_is_charged_once_per_block():
   spans = run(WORK, lanes(tag=True), costs(generate=6.0, train=1.0, switch=2.0))
   switches = [s for s in spans if s.name == "switch"]
