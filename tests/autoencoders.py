@@ -1,7 +1,6 @@
 """Tiny random autoencoders of diffusers', and arrays for them."""
 
 import diffusers
-import jax
 import numpy as np
 import torch
 from diffusers.utils import logging
@@ -66,11 +65,3 @@ def ours(x):
 def pixels(seed, *shape):
   rng = np.random.default_rng(seed)
   return rng.uniform(size=(*shape, 3)).astype(np.float32)
-
-
-def jit(function):
-  """`jax.jit` for programs that run once: little time spent on optimising."""
-  options = dict(
-    xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
-  )
-  return jax.jit(function, compiler_options=options)

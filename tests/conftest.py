@@ -1,4 +1,4 @@
-"""Strict settings for the whole suite: eight devices, no silent promotion."""
+"""Settings of the whole suite: eight devices, no silent promotion."""
 
 import os
 
@@ -15,6 +15,19 @@ from tests.small_run import write_prompts
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def compiled_programs(tmp_path_factory):
+  """Programs that several tests build are compiled once a session.
+
+  What is loaded is the machine code that the compiler made, bit by bit. Only
+  this process reads it: the tests kill those that they start, and JAX does not
+  write entries atomically.
+  """
+  directory = tmp_path_factory.mktemp("compiled_programs")
+  jax.config.update("jax_compilation_cache_dir", str(directory))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Tiny random models of ours and diffusers', shared by the model tests."""
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
@@ -77,7 +78,9 @@ def randomise(module, seed):
   generator = torch.Generator().manual_seed(seed)
   for name, parameter in module.named_parameters():
     noise = torch.randn(parameter.shape, generator=generator)
-    if parameter.ndim > 1:
+    if name.endswith("scale_shift_table"):
+      value = 0.4 * noise
+    elif parameter.ndim > 1:
       value = noise / parameter[0].numel() ** 0.5
     elif name.endswith("weight"):
       value = 1 + 0.25 * noise
@@ -138,6 +141,14 @@ def run_flux(module, inputs):
   return module(**inputs).sample.numpy()
 
 
+def jit(function, **settings):
+  """`jax.jit` for programs that run once: little time spent on optimising."""
+  options = dict(
+    xla_backend_optimization_level=0, xla_llvm_disable_expensive_passes=True
+  )
+  return jax.jit(function, compiler_options=options, **settings)
+
+
 def random_model(seed=0, base=CONFIG, **overrides):
   """A model with every parameter random; a fresh one outputs zero."""
   config = dataclasses.replace(base, **overrides)
@@ -147,13 +158,14 @@ def random_model(seed=0, base=CONFIG, **overrides):
   model = models.abstract_model(family, config)
   rng = np.random.default_rng(seed)
 
-  def draw(path, leaf):
+  def draw(path, leaf, axes):
     kind = path[-1].key
-    fan_in = leaf.shape[-2] if kind == "kernel" else 16
+    inputs = leaf.shape[axes[0] == "layers" : -1]
+    fan_in = math.prod(inputs) if kind == "kernel" else 16
     noise = rng.normal(size=leaf.shape) / fan_in**0.5
     return jnp.asarray(noise + (kind == "scale"), jnp.float32)
 
-  params = jax.tree.map_with_path(draw, model.params)
+  params = jax.tree.map_with_path(draw, model.params, model.logical_axes)
   return dataclasses.replace(model, params=params)
 
 

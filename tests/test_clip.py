@@ -15,6 +15,7 @@ from digen_jax.errors import UserError
 from digen_jax.models import text
 from digen_jax.models.text.clip import ClipTextConfig, clip_encode
 from digen_jax.weights.text import load_text_encoder, save_text_encoder
+from tests.references import jit
 
 EOS = 7
 SIZES = dict(
@@ -58,7 +59,7 @@ def prompts(length: int, seed: int = 1) -> np.ndarray:
 
 def outputs(directory, ids):
   encoder = load_text_encoder(directory)
-  run = jax.jit(clip_encode, static_argnums=0)
+  run = jit(clip_encode, static_argnums=0)
   states = run(encoder.graphdef, encoder.params, ids)
   return map(np.asarray, (states.last, states.pooled))
 
@@ -103,7 +104,7 @@ def test_projection_and_penultimate_states(tmp_path, settings):
       torch.from_numpy(ids).long(), output_hidden_states=True
     )
   encoder = load_text_encoder(tmp_path)
-  ours = jax.jit(encoder.encode)(encoder.params, ids)
+  ours = jit(encoder.encode)(encoder.params, ids)
   for mine, other in (
     (ours.last, theirs.last_hidden_state),
     (ours.penultimate, theirs.hidden_states[-2]),
@@ -175,7 +176,7 @@ def test_bfloat16_compute(tmp_path):
   encoder = load_text_encoder(tmp_path, dtype=jnp.bfloat16)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(encoder.params))
   ids = prompts(7)
-  ours = np.asarray(jax.jit(encoder.encode)(encoder.params, ids)[0])
+  ours = np.asarray(jit(encoder.encode)(encoder.params, ids)[0])
   theirs = expected(model, ids)[0]
   error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
   assert ours.dtype == np.float32 and 1e-4 < error < 2e-2
@@ -199,7 +200,7 @@ def test_saved_encoder_loads_in_transformers(tmp_path):
   assert not any(report.values()), report
   ids = prompts(7)
   theirs = expected(model.eval(), ids)
-  states = jax.jit(encoder.encode)(params, ids)
+  states = jit(encoder.encode)(params, ids)
   for ours, other in zip((states.last, states.pooled), theirs):
     np.testing.assert_allclose(ours, other, atol=1e-5, rtol=0)
   again = load_text_encoder(tmp_path)

@@ -15,7 +15,7 @@ from digen_jax.models import text
 from digen_jax.models.text.decoder import DecoderConfig
 from digen_jax.parallel.mesh import make_mesh
 from digen_jax.weights.text import load_text_encoder, save_text_encoder
-from tests.references import randomise
+from tests.references import jit, randomise
 
 SIZES = dict(
   vocab_size=61,
@@ -84,7 +84,7 @@ def expected(model, ids, mask, layer=-1):
 
 def output(directory, ids, mask, **settings):
   encoder = load_text_encoder(directory, **settings)
-  return np.asarray(jax.jit(encoder.encode)(encoder.params, ids, mask))
+  return np.asarray(jit(encoder.encode)(encoder.params, ids, mask))
 
 
 @pytest.mark.parametrize(
@@ -210,7 +210,7 @@ def test_on_a_mesh(tmp_path):
   encoder = load_text_encoder(tmp_path, mesh=mesh)
   kernel = encoder.params["blocks"]["to_q"]["kernel"]
   assert kernel.sharding.spec == jax.P(None, None, "tensor")
-  ours = jax.jit(encoder.encode)(encoder.params, ids, mask)
+  ours = jit(encoder.encode)(encoder.params, ids, mask)
   np.testing.assert_allclose(ours, output(tmp_path, ids, mask), atol=1e-5)
 
 

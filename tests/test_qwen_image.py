@@ -3,7 +3,6 @@
 import dataclasses
 import re
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from digen_jax.errors import UserError
 from digen_jax.models import layers, qwen_image
 from digen_jax.weights import load, parity
 from tests import model_checks, references
-from tests.references import random_model
+from tests.references import jit, random_model
 
 CONFIG = references.QWEN_IMAGE_CONFIG
 FEW_HEADS = dict(
@@ -56,7 +55,7 @@ def run_ours(directory, inputs):
   model = load.load_model(directory)
   shape = tuple(map(int, inputs["img_shape"]))
 
-  @jax.jit
+  @jit
   def run(params, tokens, text, mask, timestep):
     module = nnx.merge(model.graphdef, params)
     return module(tokens, text, mask, timestep, shape)
@@ -144,10 +143,10 @@ def test_apply_is_the_module_on_patches():
   """Channel, row, column within a token, as diffusers' pipeline packs them."""
   model = random_model(base=CONFIG)
   latents, sigma, conditioning = arguments()
-  actual = jax.jit(model.apply)(model.params, latents, sigma, conditioning)
+  actual = jit(model.apply)(model.params, latents, sigma, conditioning)
   patches = latents.reshape(3, 3, 2, 2, 2, 4).transpose(0, 1, 3, 5, 2, 4)
 
-  @jax.jit
+  @jit
   def run(params, tokens):
     module = nnx.merge(model.graphdef, params)
     text, mask = conditioning.text, conditioning.mask
@@ -163,7 +162,7 @@ def test_apply_is_the_module_on_patches():
 def test_padding_has_no_influence():
   model = random_model(base=CONFIG)
   latents, sigma, conditioning = arguments()
-  apply = jax.jit(model.apply)
+  apply = jit(model.apply)
   plain = apply(model.params, latents, sigma, conditioning)
   noise = references.normal(9, *conditioning.text.shape)
   text = jnp.where(conditioning.mask[..., None], conditioning.text, noise)
@@ -183,11 +182,11 @@ def test_same_bits_in_rollout_and_training():
 
 
 def test_layout_changes_nothing():
-  model_checks.check_layout(CONFIG, arguments())
+  model_checks.check_layouts(CONFIG, arguments())
 
 
 def test_fresh_model():
-  model_checks.check_fresh(CONFIG)
+  model_checks.check_fresh(CONFIG, arguments())
 
 
 def test_parity_of_a_case(tmp_path):

@@ -18,7 +18,7 @@ from digen_jax.grpo.train_step import join
 from digen_jax.models import lora, sd3
 from digen_jax.weights import load, names, parity
 from tests import model_checks, references
-from tests.references import random_model
+from tests.references import jit, random_model
 
 CONFIG = references.SD3_CONFIG
 SD3 = dict(num_layers=2, dual_attention_layers=(), qk_norm=None)
@@ -45,7 +45,7 @@ def check_parity(directory, reference, inputs):
   expected = run_reference(reference, inputs)
   model = load.load_model(directory)
 
-  @jax.jit
+  @jit
   def run(params, latents, text, pooled, timestep):
     module = nnx.merge(model.graphdef, params)
     latents = latents.transpose(0, 2, 3, 1)
@@ -147,7 +147,7 @@ def test_apply_takes_sigma(tmp_path):
   reference.save_pretrained(tmp_path)
   model = load.load_model(tmp_path)
   latents, sigma, conditioning = arguments()
-  actual = jax.jit(model.apply)(model.params, latents, sigma, conditioning)
+  actual = jit(model.apply)(model.params, latents, sigma, conditioning)
   inputs = dict(
     hidden_states=latents.transpose(0, 3, 1, 2),
     encoder_hidden_states=conditioning.text,
@@ -183,11 +183,11 @@ def test_same_bits_in_rollout_and_training():
 
 
 def test_layout_changes_nothing():
-  model_checks.check_layout(CONFIG, arguments())
+  model_checks.check_layouts(CONFIG, arguments())
 
 
 def test_fresh_model():
-  model_checks.check_fresh(CONFIG)
+  model_checks.check_fresh(CONFIG, arguments())
 
 
 def test_parity_of_a_case(tmp_path):

@@ -21,6 +21,7 @@ from digen_jax.models.text.t5 import (
   t5_encode,
 )
 from digen_jax.weights.text import load_text_encoder, save_text_encoder
+from tests.references import jit
 
 # Heads times their size is not the width, as in T5-XXL's smaller siblings.
 SIZES = dict(
@@ -68,7 +69,7 @@ def prompts(length: int) -> tuple[np.ndarray, np.ndarray]:
 
 def output(directory, ids, mask=None):
   encoder = load_text_encoder(directory)
-  run = jax.jit(t5_encode, static_argnums=0)
+  run = jit(t5_encode, static_argnums=0)
   return np.asarray(run(encoder.graphdef, encoder.params, ids, mask))
 
 
@@ -178,7 +179,7 @@ def test_bfloat16_compute(tmp_path):
   encoder = load_text_encoder(tmp_path, dtype=jnp.bfloat16)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(encoder.params))
   ids, _ = prompts(7)
-  ours = np.asarray(jax.jit(encoder.encode)(encoder.params, ids))
+  ours = np.asarray(jit(encoder.encode)(encoder.params, ids))
   theirs = expected(model, ids)
   error = np.linalg.norm(ours - theirs) / np.linalg.norm(theirs)
   assert ours.dtype == np.float32 and 1e-4 < error < 2e-2
@@ -203,7 +204,7 @@ def test_saved_encoder_loads_in_transformers(tmp_path, cls, feed_forward):
   model, report = theirs.from_pretrained(tmp_path, output_loading_info=True)
   assert not any(report.values()), report
   ids, _ = prompts(7)
-  ours = jax.jit(encoder.encode)(params, ids)
+  ours = jit(encoder.encode)(params, ids)
   theirs = expected(model.eval(), ids)
   np.testing.assert_allclose(ours, theirs, atol=1e-5, rtol=0)
   again = load_text_encoder(tmp_path)

@@ -15,11 +15,11 @@ from tests.autoencoders import (
   QWEN,
   WAN,
   build,
-  jit,
   ours,
   pixels,
   theirs,
 )
+from tests.references import jit
 
 TILING = vae.Tiling(size=16, stride=12)
 

@@ -19,12 +19,12 @@ from tests.autoencoders import (
   QWEN,
   WAN,
   build,
-  jit,
   ours,
   pixels,
   save,
   theirs,
 )
+from tests.references import jit
 
 
 def statistics(config):

@@ -99,26 +99,6 @@ class ClipStates(NamedTuple):
   pooled: jax.Array
 
 
-class LayerNorm(nnx.Module):
-  """LayerNorm over the last axis with scale and bias, in float32.
-
-  Attributes:
-    scale: [dim].
-    bias: [dim].
-  """
-
-  def __init__(self, dim: int, *, eps: float):
-    self.scale = nnx.Param(jnp.ones(dim), logical_axes=(None,))
-    self.bias = nnx.Param(jnp.zeros(dim), logical_axes=(None,))
-    self.eps = eps
-
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """x: [B, T, dim] -> [B, T, dim] float32."""
-    scale = self.scale[...].astype(jnp.float32)
-    bias = self.bias[...].astype(jnp.float32)
-    return layers.layer_norm(x, self.eps) * scale[None, None] + bias[None, None]
-
-
 class ClipBlock(nnx.Module):
   """Causal self-attention and a two-layer MLP, each on a normed residual."""
 
@@ -126,12 +106,12 @@ class ClipBlock(nnx.Module):
     dim, hidden = config.hidden_size, config.intermediate_size
     inward = dict(axes=("embed", "heads"), dtype=config.dtype, rngs=rngs)
     kwargs = dict(dtype=config.dtype, out_dtype=jnp.float32, rngs=rngs)
-    self.norm_1 = LayerNorm(dim, eps=config.layer_norm_eps)
+    self.norm_1 = layers.LayerNorm(dim, eps=config.layer_norm_eps)
     self.to_q = Linear(dim, dim, **inward)
     self.to_k = Linear(dim, dim, **inward)
     self.to_v = Linear(dim, dim, **inward)
     self.to_out = Linear(dim, dim, axes=("heads", "embed"), **kwargs)
-    self.norm_2 = LayerNorm(dim, eps=config.layer_norm_eps)
+    self.norm_2 = layers.LayerNorm(dim, eps=config.layer_norm_eps)
     self.linear_1 = Linear(dim, hidden, axes=("embed", "mlp"), **kwargs)
     self.linear_2 = Linear(hidden, dim, axes=("mlp", "embed"), **kwargs)
     self.num_heads = config.num_attention_heads
@@ -168,7 +148,7 @@ class ClipTextEncoder(nnx.Module):
     self.blocks = layers.stack(
       lambda rngs: ClipBlock(config, rngs=rngs), config.num_hidden_layers, rngs
     )
-    self.norm_out = LayerNorm(dim, eps=config.layer_norm_eps)
+    self.norm_out = layers.LayerNorm(dim, eps=config.layer_norm_eps)
     self.text_projection = (
       None
       if config.projection_dim is None
