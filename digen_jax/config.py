@@ -128,6 +128,17 @@ class Pipeline:
     mode: "colocated" (one mesh does both in turn) or "disaggregated".
     gap: generation-axis pipeline: a group is trained as soon as it is scored.
     tsp: time-step parallelism: denoising steps of a sample share a pack.
+    tag: trainer-assisted generation: an idle trainer generates.
+    rat: rollout-assisted training: an idle rollout lane computes gradients.
+    bts: bubble-triggered search for how much an idle lane takes; off, it takes
+      what there is.
+    tcss: stale fraction: up to this part of a step's Generate units may start
+      with the version before, while that is trained on; 0 is off. What a run
+      learns then depends on timing.
+    tag_layout: in which layout a trainer generates: "trainer" (parameters are
+      gathered in every unit), "rollout" (resharded for a block of units), or
+      "auto", by measured cost.
+    retries: how often in a step a unit that failed is run again.
     generate_size: samples per Generate unit; 0 means one group.
     train_size: samples per Train unit; 0 means one group.
     timesteps_per_pack: trained steps per pack under TSP; 0 means all.
@@ -136,6 +147,12 @@ class Pipeline:
   mode: str = "disaggregated"
   gap: bool = True
   tsp: bool = True
+  tag: bool = False
+  rat: bool = False
+  bts: bool = True
+  tcss: float = 0.0
+  tag_layout: str = "auto"
+  retries: int = 0
   generate_size: int = 0
   train_size: int = 0
   timesteps_per_pack: int = 0
@@ -312,7 +329,17 @@ def check(config: Config) -> None:
   _choice("advantage.scope", config.advantage.scope, ("group", "global"))
   _choice("dtype.compute", config.dtype.compute, ("float32", "bfloat16"))
   _choice("pipeline.mode", config.pipeline.mode, ("colocated", "disaggregated"))
+  _choice(
+    "pipeline.tag_layout",
+    config.pipeline.tag_layout,
+    ("auto", "trainer", "rollout"),
+  )
   _choice("tracker", config.tracker, ("", "wandb"))
+  if not 0.0 <= config.pipeline.tcss <= 1.0:
+    raise UserError(
+      "config.pipeline.tcss is the part of a step that may be stale, from 0 "
+      f"(off) to 1; got {config.pipeline.tcss}"
+    )
   for where, value, least in (
     ("steps", config.steps, 1),
     ("devices", config.devices, 1),
@@ -326,6 +353,7 @@ def check(config: Config) -> None:
     ("train.updates_per_batch", train.updates_per_batch, 1),
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),
+    ("pipeline.retries", config.pipeline.retries, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),
     ("eval.images", config.eval.images, 1),
