@@ -98,6 +98,16 @@ def test_the_search_stops_before_the_trainer_is_late_for_its_own_work():
   assert searched <= end(run(WORK, team, cost))
 
 
+def test_lanes_that_gain_only_together_help_each_other():
+  # Generating on both lanes at once pays only if both then train.
+  work = Workload(groups=2, group_size=4, window=1, gap=True)
+  cost = costs(generate=4.0, train=8.0)
+  team = lanes(tag=True, rat=True)
+  assert end(run(work, team, cost)) == 4.0 + 8.0 + STEP
+  searched = end(run(work, team, cost, assist=Search(team, cost)))
+  assert searched == 4.0 + 8.0 + STEP
+
+
 def test_a_switch_is_charged_once_per_block():
   spans = run(WORK, lanes(tag=True), costs(generate=6.0, train=1.0, switch=2.0))
   switches = [s for s in spans if s.name == "switch"]
