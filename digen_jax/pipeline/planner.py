@@ -7,28 +7,28 @@ on; `predict` says what a step then takes, `best_split` searches for the split.
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from digen_jax.errors import UserError
+from digen_jax.pipeline import bounds
 from digen_jax.pipeline.cost_table import CostTable, Place, lane_costs
 from digen_jax.pipeline.scheduler import Lane, start_step
 from digen_jax.pipeline.search import Budget, Search
 from digen_jax.pipeline.simulate import Assist, Cost, always, simulate
-from digen_jax.pipeline.units import Kind, Unit, Workload
+from digen_jax.pipeline.units import Kind, Workload
 from digen_jax.timeline import Accounting, Span, lane_accounting
 
 HOST = Lane("host", frozenset({Kind.SCORE}), slots=4)
 TRAINS = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
 BOTH = TRAINS | {Kind.GENERATE}
-STEPS = 4  # simulated where steps overlap; the middle ones count
+STEPS = (2, 5)  # simulated where steps overlap; see `_steady`
 # Where a step has more units than this, idle lanes assist always or never,
 # whichever is better: a search at every bubble would take minutes.
 SEARCHED_UNITS = 100
 STALE = 0.5  # of the ladder's last rung
 TRIAL_UNITS = 60_000  # simulated by `best_split`, about
+FINALISTS = 4  # that are looked at with a search at each bubble
 MOST_UNITS = 4000  # of a step of a candidate
-TINY = 1e-12  # seconds, of what costs nothing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Prediction:
   Attributes:
     step_seconds: from publish to publish, in the long run.
     bound_seconds: the work of the step shared out over all lanes without a
-      bubble; see `bound`.
+      bubble; see `bounds.bound`.
     lanes: where the time of each lane goes, seconds of `step_seconds`.
     spans: the simulated timeline.
     split: the lanes.
@@ -189,20 +189,21 @@ def predict(
     for assist in _assists(work, lanes, cost, techniques)
   ]
   run = min(runs, key=lambda run: run.step_seconds)
-  parts = lane_accounting(run.spans, places, run.start, run.end)
+  wall = _end(run.spans)
+  parts = lane_accounting(run.spans, places, 0.0, wall)
   return Prediction(
     step_seconds=run.step_seconds,
-    bound_seconds=bound(work, lanes, cost),
-    lanes={name: _divided(part, run.count) for name, part in parts.items()},
+    bound_seconds=bounds.bound(work, lanes, cost),
+    lanes={n: _scaled(a, run.step_seconds / wall) for n, a in parts.items()},
     spans=tuple(run.spans),
     split=split,
     techniques=techniques,
   )
 
 
-def _divided(part: Accounting, count: int) -> Accounting:
+def _scaled(part: Accounting, factor: float) -> Accounting:
   seconds = dataclasses.asdict(part)
-  return Accounting(**{name: value / count for name, value in seconds.items()})
+  return Accounting(**{name: x * factor for name, x in seconds.items()})
 
 
 def ladder(
@@ -279,20 +280,19 @@ def best_split(
   start = _fitting_start(table, work, start, techniques)
   options = _candidates(table, work, start, techniques, rollout, most_lanes)
   reach = {s: _reach(table, work, s, techniques) for s in options}
-  best, soonest = start, _quick(table, work, start, techniques)
+  found = {start: _quick(table, work, start, techniques)}
   units = TRIAL_UNITS
   for split in sorted(reach, key=lambda s: (reach[s], -s.generate_size)):
-    if reach[split] >= soonest or units < 0:
+    if reach[split] >= min(found.values()) or units < 0:
       break
-    seconds = _quick(table, work, split, techniques)
-    units -= (STEPS if techniques.tcss else 1) * _count(work, split, techniques)
-    if seconds < soonest:
-      best, soonest = split, seconds
-  if best == start:
-    return start
-  final = predict(table, work, best, techniques).step_seconds
-  equal = predict(table, work, start, techniques).step_seconds
-  return best if final < equal else start
+    found[split] = _quick(table, work, split, techniques)
+    steps = sum(STEPS) if techniques.tcss else 1
+    units -= steps * _count(work, split, techniques)
+  finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
+  return min(
+    dict.fromkeys((start, *finalists)),
+    key=lambda s: predict(table, work, s, techniques).step_seconds,
+  )
 
 
 def check(table: CostTable, split: Split, techniques: Techniques) -> None:
@@ -323,16 +323,6 @@ def check(table: CostTable, split: Split, techniques: Techniques) -> None:
       )
 
 
-def bound(work: Workload, lanes: Sequence[Lane], cost: Cost) -> float:
-  """Seconds that no schedule of these units on these lanes can beat.
-
-  All generating and all training (updates and publishing count with it) is
-  divided at will, every lane may do both and is never idle. On equal lanes
-  that is the work of all units divided by the number of lanes.
-  """
-  return _fluid([_times(work, lane, lanes, cost, BOTH) for lane in _own(lanes)])
-
-
 def _reach(
   table: CostTable, work: Workload, split: Split, techniques: Techniques
 ) -> float:
@@ -341,10 +331,10 @@ def _reach(
   lanes, places = make_lanes(split, techniques)
   cost = lane_costs(table, places)
   times = [
-    _times(work, lane, lanes, cost, lane.kinds | lane.assists)
-    for lane in _own(lanes)
+    bounds.times(work, lane, lanes, cost, lane.kinds | lane.assists)
+    for lane in bounds.own(lanes)
   ]
-  fluid = _fluid(times)
+  fluid = bounds.fluid(times)
   if work.stale:
     return fluid
   generating = 1 / sum(1 / g for g, _ in times)
@@ -358,93 +348,13 @@ def _reach(
   return max(fluid, first + training, generating + last)
 
 
-def _own(lanes: Sequence[Lane]) -> list[Lane]:
-  """The lanes with devices."""
-  return [lane for lane in lanes if Kind.SCORE not in lane.kinds]
-
-
-def _times(
-  work: Workload,
-  lane: Lane,
-  lanes: Sequence[Lane],
-  cost: Cost,
-  able: frozenset[Kind],
-) -> tuple[float, float]:
-  """Seconds in which a lane alone would generate all, and train all.
-
-  What follows training (update, publish) is the trainer's; it is added to all
-  lanes' training in proportion.
-  """
-  counts = unit_counts(work)
-
-  def seconds(lane: Lane, kind: Kind) -> float:
-    units = ((Unit(kind, 0, 0, n, 0, 1), c) for n, c in counts[kind].items())
-    return sum(c * cost(lane.name, unit) for unit, c in units)
-
-  trainer = next(i for i in lanes if Kind.UPDATE in i.kinds)
-  after = seconds(trainer, Kind.UPDATE) + seconds(trainer, Kind.PUBLISH)
-  share = 1 + after / max(seconds(trainer, Kind.TRAIN), TINY)
-  return (
-    max(seconds(lane, Kind.GENERATE), TINY)
-    if Kind.GENERATE in able
-    else math.inf,
-    max(share * seconds(lane, Kind.TRAIN), TINY)
-    if Kind.TRAIN in able
-    else math.inf,
-  )
-
-
-def _fluid(times: Sequence[tuple[float, float]]) -> float:
-  """The shortest step if work could be divided at will.
-
-  With x_i the part of its time that lane i generates, all is generated in time
-  T if T * sum(x_i / g_i) >= 1, and trained if T * sum((1 - x_i) / t_i) >= 1,
-  where g_i and t_i are what all of it would take on lane i alone. The lanes
-  that generate are those with the lowest g_i / t_i; one may do both.
-  """
-  generating, training = 0.0, sum(1 / t for _, t in times)
-  for g, t in sorted(times, key=lambda gt: gt[0] / gt[1]):
-    if generating + 1 / g >= training - 1 / t:
-      x = (training - generating) / (1 / g + 1 / t)
-      return 1 / (generating + x / g)
-    generating, training = generating + 1 / g, training - 1 / t
-  return 1 / generating
-
-
-def unit_counts(work: Workload) -> dict[Kind, dict[int, int]]:
-  """How many units of each size (`Unit.size`) a step has, by kind."""
-  samples = _lengths(work.samples, work.generate_size or work.group_size)
-  counts: dict[Kind, dict[int, int]] = {
-    Kind.GENERATE: samples,
-    Kind.SCORE: samples,
-    Kind.TRAIN: {},
-    Kind.UPDATE: {0: work.updates},
-    Kind.PUBLISH: {0: 1},
-  }
-  chunk = _lengths(
-    work.samples // work.updates, work.train_size or work.group_size
-  )
-  trains = counts[Kind.TRAIN]
-  for (rows, n), (steps, m) in itertools.product(
-    chunk.items(), _lengths(work.window, work.pack).items()
-  ):
-    trains[rows * steps] = trains.get(rows * steps, 0) + n * m * work.updates
-  return counts
-
-
-def _lengths(total: int, size: int) -> dict[int, int]:
-  """Lengths of the ranges of `size` that make up `total`, and their number."""
-  lengths = {size: total // size, total % size: 1}
-  return {length: n for length, n in lengths.items() if length and n}
-
-
 def _trains(work: Workload) -> int:
-  return sum(unit_counts(work)[Kind.TRAIN].values())
+  return sum(bounds.unit_counts(work)[Kind.TRAIN].values())
 
 
 def _count(work: Workload, split: Split, techniques: Techniques) -> int:
   """Units of a step."""
-  counts = unit_counts(cut(work, split, techniques))
+  counts = bounds.unit_counts(cut(work, split, techniques))
   return sum(n for sizes in counts.values() for n in sizes.values())
 
 
@@ -482,29 +392,39 @@ def _quick(
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """Simulated steps, of which `count` between `start` and `end` are typical."""
+  """Simulated steps."""
 
   spans: list[Span]
-  start: float
-  end: float
-  count: int
-
-  @property
-  def step_seconds(self) -> float:
-    return (self.end - self.start) / self.count
+  step_seconds: float
 
 
 def _steady(
   work: Workload, lanes: Sequence[Lane], cost: Cost, assist: Assist
 ) -> _Run:
-  """A step in the long run; of steps that overlap, not the first and last."""
-  last = STEPS - 1 if work.stale else 0
-  state = start_step(work, 0, last=last)
-  spans = simulate(state, lanes, cost, last=last, assist=assist)
-  ends = [s.end for s in spans if s.name == Kind.PUBLISH]
-  if last:
-    return _Run(spans, ends[0], ends[-2], last - 1)
-  return _Run(spans, 0.0, ends[0], 1)
+  """A step in the long run.
+
+  Where steps overlap that is what a longer run takes more than a shorter one:
+  the beginning and the end are in both.
+  """
+  if not work.stale:
+    spans = simulate(start_step(work, 0), lanes, cost, assist=assist)
+    return _Run(spans, _end(spans))
+  few, many = (
+    simulate(
+      start_step(work, 0, last=steps - 1),
+      lanes,
+      cost,
+      last=steps - 1,
+      assist=assist,
+    )
+    for steps in STEPS
+  )
+  more = STEPS[1] - STEPS[0]
+  return _Run(many, (_end(many) - _end(few)) / more)
+
+
+def _end(spans: Sequence[Span]) -> float:
+  return max(span.end for span in spans)
 
 
 def _candidates(
@@ -574,7 +494,7 @@ def _fitting(
   """
   lanes, places = make_lanes(split, techniques)
   pack = split.pack if techniques.tsp else 1
-  for lane in _own(lanes):
+  for lane in bounds.own(lanes):
     role = table.role(places[lane.name].role)
     if role.max_rows and Kind.TRAIN in lane.kinds | lane.assists:
       replicas = max(places[lane.name].devices // role.shards, 1)
