@@ -2,6 +2,7 @@
 
   python launch/benchmark.py loading --workdir=DIR   checkpoint to devices
   python launch/benchmark.py models --workdir=DIR    steps of every family
+  python launch/benchmark.py published --workdir=DIR published set-ups, simulated
 
 `python launch/benchmark.py NAME --help` shows the flags; the bodies are
 digen_jax/benchmarks/NAME.py.
@@ -61,10 +62,18 @@ def _models() -> None:
   )
 
 
+def _published() -> None:
+  start_devices(1)
+  from digen_jax.benchmarks import published
+
+  published.run(_WORKDIR.value)
+
+
 # What runs, and the flags of its own.
 BENCHMARKS = {
   "loading": (_loading, (_GIGABYTES,)),
   "models": (_models, (_FAMILIES, _SIZE)),
+  "published": (_published, ()),
 }
 
 

@@ -21,7 +21,8 @@ from digen_jax.timeline import Accounting, Span, lane_accounting
 HOST = Lane("host", frozenset({Kind.SCORE}), slots=4)
 TRAINS = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
 BOTH = TRAINS | {Kind.GENERATE}
-STEPS = (2, 5)  # simulated where steps overlap; see `_steady`
+STEPS = (3, 9)  # simulated where steps overlap; see `_steady`
+FEWER_STEPS = (2, 4)  # where they have more than `SEARCHED_UNITS`
 # Where a step has more units than this, idle lanes assist always or never,
 # whichever is better: a search at every bubble would take minutes.
 SEARCHED_UNITS = 100
@@ -238,11 +239,17 @@ def best_splits(
   rungs: Mapping[str, Techniques] = RUNGS,
   **options: int,
 ) -> dict[str, Split]:
-  """For each rung the split that serves it best; see `best_split`."""
-  return {
-    name: best_split(table, work, devices, techniques, **options)
-    for name, techniques in rungs.items()
-  }
+  """For each rung the split that serves it best; see `best_split`.
+
+  What serves the rung below is looked at as well.
+  """
+  found: dict[str, Split] = {}
+  for name, techniques in rungs.items():
+    below = tuple(found.values())[-1:]
+    found[name] = best_split(
+      table, work, devices, techniques, also=below, **options
+    )
+  return found
 
 
 def best_split(
@@ -253,6 +260,7 @@ def best_split(
   *,
   rollout: int = 0,
   most_lanes: int = 1,
+  also: Sequence[Split] = (),
 ) -> Split:
   """The split and unit sizes with which a step is predicted to be shortest.
 
@@ -268,6 +276,7 @@ def best_split(
     rollout: devices that generate, where that is decided (two kinds of
       device); 0 lets the search choose.
     most_lanes: rollout lanes that the devices may be divided among.
+    also: splits to look at in any case.
 
   Raises:
     UserError: too few devices, or no Train unit fits into memory.
@@ -289,8 +298,9 @@ def best_split(
     steps = sum(STEPS) if techniques.tcss else 1
     units -= steps * _count(work, split, techniques)
   finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
+  others = [_fitting(table, split, techniques) for split in also]
   return min(
-    dict.fromkeys((start, *finalists)),
+    dict.fromkeys((start, *finalists, *filter(None, others))),
     key=lambda s: predict(table, work, s, techniques).step_seconds,
   )
 
@@ -352,6 +362,11 @@ def _trains(work: Workload) -> int:
   return sum(bounds.unit_counts(work)[Kind.TRAIN].values())
 
 
+def _large(work: Workload) -> bool:
+  """Whether steps have so many units that simulations must be few."""
+  return _trains(work) + work.samples // work.generate_size > SEARCHED_UNITS
+
+
 def _count(work: Workload, split: Split, techniques: Techniques) -> int:
   """Units of a step."""
   counts = bounds.unit_counts(cut(work, split, techniques))
@@ -367,7 +382,7 @@ def _assists(
   """Ways of assisting to simulate, of which the best will be taken."""
   if not techniques.bts or not (techniques.tag or techniques.rat):
     return [always]
-  if _trains(work) + work.samples // work.generate_size > SEARCHED_UNITS:
+  if _large(work):
     return [always, _never]
   return [Search(lanes, cost, Budget(simulations=12))]
 
@@ -409,6 +424,7 @@ def _steady(
   if not work.stale:
     spans = simulate(start_step(work, 0), lanes, cost, assist=assist)
     return _Run(spans, _end(spans))
+  counts = FEWER_STEPS if _large(work) else STEPS
   few, many = (
     simulate(
       start_step(work, 0, last=steps - 1),
@@ -417,10 +433,9 @@ def _steady(
       last=steps - 1,
       assist=assist,
     )
-    for steps in STEPS
+    for steps in counts
   )
-  more = STEPS[1] - STEPS[0]
-  return _Run(many, (_end(many) - _end(few)) / more)
+  return _Run(many, (_end(many) - _end(few)) / (counts[1] - counts[0]))
 
 
 def _end(spans: Sequence[Span]) -> float:
