@@ -10,7 +10,6 @@ import json
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image
 
 from digen_jax.errors import UserError
 from digen_jax.metrics import format_seconds
+from digen_jax.page import legend, page, picker, section, wide
 from digen_jax.run_record import (
   RunRecord,
   column,
@@ -27,7 +27,7 @@ from digen_jax.run_record import (
   smooth,
   splits,
 )
-from digen_jax.svg import BUBBLE, Series, lanes_chart, line_chart, number
+from digen_jax.svg import Series, lanes_chart, line_chart, number
 from digen_jax.timeline import (
   Span,
   lane_accounting,
@@ -68,7 +68,6 @@ def write_report(workdir: str | Path) -> Path:
 
 def render(run: RunRecord) -> str:
   """The page."""
-  assets = resources.files("digen_jax") / "assets" / "report"
   sections = (
     ("Reward by step", _rewards(run)),
     ("Samples", _samples(run)),
@@ -76,22 +75,10 @@ def render(run: RunRecord) -> str:
     ("Training", _panels(run)),
     ("Configuration", _config(run.config)),
   )
-  body = "".join(
-    f"<section><h2>{title}</h2>{content}</section>"
-    for title, content in sections
-    if content
-  )
+  body = "".join(section(title, content) for title, content in sections)
   if run.unreadable:
     body += f'<p class="note">Could not read {", ".join(run.unreadable)}.</p>'
-  return (
-    '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-    '<meta name="viewport" content="width=device-width, initial-scale=1">'
-    f"<title>{escape(run.name)} · digen_jax</title>"
-    f"<style>{(assets / 'style.css').read_text('utf-8')}</style></head><body>"
-    f"{BUBBLE}<main>{_header(run)}{_figures(run)}{body}</main>"
-    f"<script>{(assets / 'picker.js').read_text('utf-8')}</script>"
-    "</body></html>\n"
-  )
+  return page(run.name, f"{_header(run)}{_figures(run)}{body}")
 
 
 def _header(run: RunRecord) -> str:
@@ -190,25 +177,9 @@ def _rewards(run: RunRecord) -> str:
   chart = line_chart(series, 1080, 350)
   if not chart:
     return '<p class="note">No step has finished yet.</p>'
-  return _legend([(s.label, s.color) for s in series if not s.faint]) + _wide(
+  return legend([(s.label, s.color) for s in series if not s.faint]) + wide(
     chart
   )
-
-
-def _legend(entries: Sequence[tuple[str, str]]) -> str:
-  return (
-    '<p class="legend">'
-    + "".join(
-      f'<span><i style="background:{color}"></i>{escape(label)}</span>'
-      for label, color in entries
-    )
-    + "</p>"
-  )
-
-
-def _wide(chart: str) -> str:
-  """A drawing that is scrolled rather than shrunk on a narrow page."""
-  return f'<div class="wide">{chart}</div>'
 
 
 def _samples(run: RunRecord) -> str:
@@ -221,14 +192,14 @@ def _samples(run: RunRecord) -> str:
     if name == "step" and len(shown) > 1:
       first = _figure(shown[0], "Before")
       later = [(f"step {s}", _figure((s, p), "After")) for s, p in shown[1:]]
-      parts.append(f'<div class="pair">{first}{_picker(later)}</div>')
+      parts.append(f'<div class="pair">{first}{picker(later)}</div>')
     elif name == "step":
       parts.append(_figure(shown[0], "Fixed prompts and noise"))
     else:
       title = {"groups": "Best and worst of each group"}.get(name, name)
       panels = [(f"step {s}", _figure((s, p), "Samples")) for s, p in shown]
       parts.append(
-        f"<details><summary>{escape(title)}</summary>{_picker(panels)}</details>"
+        f"<details><summary>{escape(title)}</summary>{picker(panels)}</details>"
       )
   return "".join(parts)
 
@@ -261,27 +232,6 @@ def _data_url(path: Path) -> str:
   return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
 
 
-def _picker(panels: Sequence[tuple[str, str]]) -> str:
-  """Panels of which one is visible, the last at first, and a slider."""
-  control = (
-    '<div class="control"><button aria-label="earlier">‹</button>'
-    f'<input type="range" min="0" max="{len(panels) - 1}" '
-    f'value="{len(panels) - 1}" aria-label="step">'
-    '<button aria-label="later">›</button>'
-    f"<output>{escape(panels[-1][0])}</output></div>"
-  )
-  return (
-    '<div class="picker">'
-    + (control if len(panels) > 1 else "")
-    + "".join(
-      f'<div class="panel" data-name="{escape(name)}"'
-      f"{'' if i == len(panels) - 1 else ' hidden'}>{content}</div>"
-      for i, (name, content) in enumerate(panels)
-    )
-    + "</div>"
-  )
-
-
 def _lanes(run: RunRecord) -> str:
   """Where the time went: shares per lane, and the last steps unit by unit."""
   shares = _shares(run)
@@ -300,10 +250,10 @@ def _lanes(run: RunRecord) -> str:
   if not run.spans:
     return bars
   names = list(dict.fromkeys(span.name for span in run.spans))
-  legend = _legend(
+  colors = legend(
     [(name, f"var(--{name})") for name in names] + [("idle", "var(--hatch)")]
   )
-  return bars + legend + _picker(_timelines(run.spans))
+  return bars + colors + picker(_timelines(run.spans))
 
 
 def _busy(run: RunRecord, lane: str, share: float) -> str:
@@ -363,7 +313,7 @@ def _timelines(spans: Sequence[Span]) -> list[tuple[str, str]]:
   for step, (start, end) in extents:
     near = [s for s in spans if s.start < end and s.end > start]
     chart = lanes_chart(near, start, end, 1080, scale=seconds)
-    panels.append((f"step {step} · {number(end - start)} s", _wide(chart)))
+    panels.append((f"step {step} · {number(end - start)} s", wide(chart)))
   return panels
 
 

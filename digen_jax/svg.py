@@ -270,6 +270,62 @@ def lanes_chart(
   return _drawing(width, top + 24, parts)
 
 
+@dataclasses.dataclass(frozen=True)
+class Bar:
+  """A row of a bar chart.
+
+  Attributes:
+    label: to the left of it.
+    value: its length.
+    text: behind it.
+    color: a CSS colour.
+  """
+
+  label: str
+  value: float
+  text: str = ""
+  color: str = "var(--train-curve)"
+
+
+def bar_chart(
+  bars: Sequence[Bar], width: int, *, mark: float | None = None, unit: str = ""
+) -> str:
+  """Values as horizontal bars from zero, one below the other; "" without any.
+
+  Args:
+    bars: from top to bottom.
+    width: of the drawing, pixels; it scales to its container.
+    mark: a value at which a dashed line crosses all bars.
+    unit: of the axis, behind its numbers.
+  """
+  if not bars:
+    return ""
+  left = 18 + 7 * max(len(bar.label) for bar in bars)
+  right = width - 16 - LABEL_WIDTH * max(len(bar.text) for bar in bars)
+  most = max([bar.value for bar in bars] + [mark or 0.0]) or 1.0
+  frame = Frame(left, right, 6, 10 + 30 * len(bars), (0.0, most), (0, 1))
+  parts = []
+  for i, bar in enumerate(bars):
+    top, end = 8 + 30 * i, frame.x(bar.value)
+    parts.append(
+      f'<text class="lane" x="{left - 10:.1f}" y="{top + 16}" '
+      f'text-anchor="end">{escape(bar.label)}</text>'
+      f'<rect class="bar" style="fill:{bar.color}" x="{left:.1f}" y="{top}" '
+      f'width="{max(end - left, 0.75):.1f}" height="22" rx="2">'
+      f"<title>{escape(bar.label)} {number(bar.value)}{unit}</title></rect>"
+      f'<text class="tick" x="{end + 8:.1f}" y="{top + 16}">'
+      f"{escape(bar.text)}</text>"
+    )
+  parts.append(_x_axis(frame, unit=unit))
+  if mark is not None:
+    x = frame.x(mark)
+    parts.append(
+      f'<line class="mark" x1="{x:.1f}" x2="{x:.1f}" y1="{frame.top}" '
+      f'y2="{frame.bottom}"><title>{number(mark)}{unit}</title></line>'
+    )
+  return _drawing(width, frame.bottom + 24, parts)
+
+
 BUBBLE = (
   '<svg width="0" height="0" style="position:absolute" aria-hidden="true">'
   '<defs><pattern id="bubble" width="6" height="6" '

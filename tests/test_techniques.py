@@ -114,6 +114,16 @@ def test_a_lane_counts_on_what_another_has_committed_to():
   assert end(run(work, three, cost, assist=Search(three, cost))) == shared
 
 
+def test_lanes_that_gain_only_together_help_each_other():
+  # Generating on both lanes at once pays only if both then train.
+  work = Workload(groups=2, group_size=4, window=1, gap=True)
+  cost = costs(generate=4.0, train=8.0)
+  team = lanes(tag=True, rat=True)
+  assert end(run(work, team, cost)) == 4.0 + 8.0 + STEP
+  searched = end(run(work, team, cost, assist=Search(team, cost)))
+  assert searched == 4.0 + 8.0 + STEP
+
+
 def test_a_switch_is_charged_once_per_block():
   spans = run(WORK, lanes(tag=True), costs(generate=6.0, train=1.0, switch=2.0))
   switches = [s for s in spans if s.name == "switch"]

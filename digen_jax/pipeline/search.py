@@ -5,6 +5,9 @@ work when that arrives. So each bubble asks the simulator, with the costs as
 they are now: for a number of units n, the lane takes the next n units that are
 not its own and none after them; when does the step end? The best n becomes a
 commitment: the lane takes that many, and every later bubble counts on it.
+Where lanes gain only by helping each other, none would begin: so each n is
+also tried with all others helping as much as they can, and then their part of
+such a plan is committed to with it.
 
 A commitment is only made if the simulated end of the step, all earlier
 commitments kept, moves forward. So that end never moves back, and within the
@@ -16,6 +19,7 @@ is reached) and by a budget; a state in which nothing pays is decided once.
 
 import collections
 import dataclasses
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -87,27 +91,31 @@ class Search:
       key = (state.now, state.running, lane.name, promises)
       if key in self._refused:
         return False
-      quota = self._best(state, lane, unit, left)
-      if not quota:
+      plan = self._best(state, lane, unit, left)
+      if not plan:
         if len(self._refused) >= MEMORY:
           self._refused.popitem(last=False)
         self._refused[key] = None
         return False
-      self._committed[lane.name] = quota
+      self._committed = plan
     self._committed[lane.name] -= 1
     return True
 
-  def _best(self, state: State, lane: Lane, unit: Unit, left: Left) -> int:
-    """How many units `lane` should commit to; 0 for none."""
-    best, soonest = 0, self._seconds(state, lane, 0, left) * (1 - GAIN)
+  def _best(
+    self, state: State, lane: Lane, unit: Unit, left: Left
+  ) -> dict[str, int]:
+    """Units that each lane should commit to; none if `lane` should not."""
+    best: dict[str, int] = {}
+    soonest = self._simulate(state, lane, 0, left, False)[0] * (1 - GAIN)
     bound = self._bound(state, left)
     deadline = self._clock() + self.budget.seconds
-    for tried, quota in enumerate(self._quotas(state, unit), start=2):
+    tries = itertools.product(self._quotas(state, unit), (False, True))
+    for tried, (quota, together) in enumerate(tries, start=2):
       if soonest <= bound or tried > self.budget.simulations:
         break
-      seconds = self._seconds(state, lane, quota, left)
+      seconds, plan = self._simulate(state, lane, quota, left, together)
       if seconds < soonest:
-        best, soonest = quota, seconds
+        best, soonest = plan, seconds
       if self._clock() > deadline:
         break
     return best
@@ -122,17 +130,27 @@ class Search:
       n = n + 1 if n < 4 else 2 * n
     return [q for q in quotas if q < count] + [count]
 
-  def _seconds(self, state: State, lane: Lane, quota: int, left: Left) -> float:
-    """Seconds to the end of the step if `lane` commits to `quota` units."""
-    remaining = self._committed | {lane.name: quota}
+  def _simulate(
+    self, state: State, lane: Lane, quota: int, left: Left, together: bool
+  ) -> tuple[float, dict[str, int]]:
+    """Seconds to the end of the step if `lane` commits to `quota` units.
+
+    Also what all lanes are then committed to. Others do what they have
+    promised, or, `together`, all they can.
+    """
+    promised = self._committed | {lane.name: quota}
+    taken: dict[str, int] = dict.fromkeys(promised, 0)
 
     def assist(_: State, who: Lane, unit: Unit, left: Left) -> bool:
       del unit, left
-      remaining[who.name] = remaining.get(who.name, 0) - 1
-      return remaining[who.name] >= 0
+      willing = together and who.name != lane.name
+      if not willing and taken.get(who.name, 0) >= promised.get(who.name, 0):
+        return False
+      taken[who.name] = taken.get(who.name, 0) + 1
+      return True
 
     spans = simulate(state, self.lanes, self.cost, assist=assist, left=left)
-    return max(span.end for span in spans)
+    return max(span.end for span in spans), taken if together else promised
 
   def _bound(self, state: State, left: Left) -> float:
     """No plan ends before all work is done at every lane's best speed."""
