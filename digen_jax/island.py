@@ -357,15 +357,16 @@ class Island:
     return seconds
 
   def _run(self, name: str, *args: Any) -> Any:
-    """Dispatches a function; compiles first if that was not done before."""
-    key = self._key(name, args)
-    if key not in self._compiled:
-      self._compile(name, *args)
-    return self._compiled[key](*args)
+    """Dispatches a function."""
+    self._compile(name, *args)
+    return self._compiled[self._key(name, args)](*args)
 
   def _compile(self, name: str, *args: Any) -> None:
-    function = self._functions[name]
-    self._compiled[self._key(name, args)] = function.lower(*args).compile()
+    """Compiles a function, if that was not done before."""
+    key = self._key(name, args)
+    if key not in self._compiled:
+      lowered = self._functions[name].lower(*args)
+      self._compiled[key] = lowered.compile()
 
   def _key(self, name: str, args: tuple) -> tuple:
     """Which compiled form: packs of several sizes, blocks in either layout."""

@@ -1,15 +1,19 @@
 """Benchmarks, by name; results are printed and kept in the workdir.
 
-  python launch/benchmark.py loading --workdir=DIR   checkpoint to devices
-  python launch/benchmark.py models --workdir=DIR    steps of every family
-  python launch/benchmark.py published --workdir=DIR published set-ups, simulated
+  python launch/benchmark.py ladder      what each technique adds, on two cores
+  python launch/benchmark.py learning    rewards with and without techniques
+  python launch/benchmark.py loading     checkpoint to devices
+  python launch/benchmark.py models      steps of every family
+  python launch/benchmark.py published   published set-ups, simulated
 
+--out=FILE.json copies the record there; --quick does less of everything.
 `python launch/benchmark.py NAME --help` shows the flags; the bodies are
 digen_jax/benchmarks/NAME.py.
 """
 
 import functools
 import os
+import shutil
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -19,7 +23,13 @@ from absl import flags
 from digen_jax.launching import run_main, start_devices
 
 _WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory for tables, records and what is made on the way."
+  "workdir",
+  "runs/benchmarks",
+  "Directory for tables, records and what is made on the way.",
+)
+_OUT = flags.DEFINE_string("out", None, "File that gets the JSON record, too.")
+_QUICK = flags.DEFINE_bool(
+  "quick", False, "Small sizes, once: shows that it works, not how fast."
 )
 _REPETITIONS = flags.DEFINE_integer(
   "repetitions", 3, "How often each measurement is taken; medians are shown."
@@ -36,7 +46,27 @@ _SIZE = flags.DEFINE_enum(
   ["auto", "tiny", "full"],
   "models: published sizes or tiny ones; auto: tiny on CPU, else full.",
 )
-flags.mark_flag_as_required("workdir")
+_SEEDS = flags.DEFINE_integer("seeds", 3, "learning: runs of each variant.")
+_STEPS = flags.DEFINE_integer("steps", 50, "learning: global steps of a run.")
+
+
+def _repetitions() -> int:
+  return 1 if _QUICK.value else _REPETITIONS.value
+
+
+def _ladder() -> None:
+  start_devices(1)
+  from digen_jax.benchmarks import ladder
+
+  small = {"groups": 6, "group_size": 8} if _QUICK.value else {}
+  ladder.run(_WORKDIR.value, repetitions=_repetitions(), **small)
+
+
+def _learning() -> None:
+  from digen_jax.benchmarks import learning
+
+  steps, seeds = (2, 1) if _QUICK.value else (_STEPS.value, _SEEDS.value)
+  learning.run(_WORKDIR.value, steps=steps, seeds=range(seeds))
 
 
 def _loading() -> None:
@@ -45,8 +75,8 @@ def _loading() -> None:
 
   loading.run(
     _WORKDIR.value,
-    gigabytes=_GIGABYTES.value,
-    repetitions=_REPETITIONS.value,
+    gigabytes=0.25 if _QUICK.value else _GIGABYTES.value,
+    repetitions=_repetitions(),
   )
 
 
@@ -57,8 +87,8 @@ def _models() -> None:
   models.run(
     _WORKDIR.value,
     families=_FAMILIES.value,
-    size=_SIZE.value,
-    repetitions=_REPETITIONS.value,
+    size="tiny" if _QUICK.value else _SIZE.value,
+    repetitions=_repetitions(),
   )
 
 
@@ -71,6 +101,8 @@ def _published() -> None:
 
 # What runs, and the flags of its own.
 BENCHMARKS = {
+  "ladder": (_ladder, ()),
+  "learning": (_learning, (_SEEDS, _STEPS)),
   "loading": (_loading, (_GIGABYTES,)),
   "models": (_models, (_FAMILIES, _SIZE)),
   "published": (_published, ()),
@@ -90,6 +122,8 @@ def main(name: str) -> None:
     if other != name and given:
       raise UserError(f"--{given[0]} is a flag of {other}, not of {name}")
   BENCHMARKS[name][0]()
+  if _OUT.value:
+    shutil.copyfile(os.path.join(_WORKDIR.value, f"{name}.json"), _OUT.value)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pytest
 
 from digen_jax.pipeline.costs import WINDOW, Costs
 from digen_jax.pipeline.execute import Executor, UnitError
-from digen_jax.pipeline.scheduler import Lane, start_step
+from digen_jax.pipeline.scheduler import Lane, next_step, start_step
 from digen_jax.pipeline.simulate import simulate
 from digen_jax.pipeline.units import Kind, Unit, Workload
 from digen_jax.timeline import lane_accounting
@@ -112,3 +112,72 @@ def test_costs_ignore_an_outlier_and_scale_to_other_sizes():
   for _ in range(WINDOW):
     costs.observe("trainer", unit, 3.0)
   assert costs("trainer", unit) == 3.0
+
+
+def test_a_failed_unit_is_run_again_where_the_config_allows(monkeypatch):
+  clock, tries = Clock(), []
+  monkeypatch.setattr(
+    "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
+  )
+
+  def begin(lane, unit):
+    tries.append(unit)
+    failing = unit.kind == Kind.TRAIN and tries.count(unit) == 1
+    error = ValueError("lost") if failing and len(tries) % 2 else None
+    return Job(clock, clock.now + COST[unit.kind], error)
+
+  def executor(retries):
+    tries.clear()
+    return Executor(
+      LANES, dict.fromkeys(Kind, begin), Costs(), retries=retries, clock=clock
+    )
+
+  spans, _ = executor(9).run(start_step(WORK, 0))
+  assert len(tries) > len(set(tries))  # something was tried twice ...
+  assert len(spans) == len(set(tries))  # ... and everything ended once
+  with pytest.raises(UnitError, match="lost"):
+    executor(0).run(start_step(WORK, 0))
+
+
+def test_switches_and_stale_units_run_as_simulated(monkeypatch):
+  clock = Clock()
+  monkeypatch.setattr(
+    "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
+  )
+  lanes = (
+    dataclasses.replace(LANES[0], assists=frozenset({Kind.TRAIN})),
+    dataclasses.replace(LANES[1], assists=frozenset({Kind.GENERATE})),
+    LANES[2],
+  )
+  work = dataclasses.replace(WORK, stale=2)
+  seconds = {  # no two things end at once: order among those is free
+    Kind.GENERATE: 503,
+    Kind.SCORE: 211,
+    Kind.TRAIN: 307,
+    Kind.UPDATE: 401,
+    Kind.PUBLISH: 101,
+    Kind.SWITCH: 71,
+  }
+
+  def begin(lane, unit):
+    return Job(clock, clock.now + seconds[unit.kind])
+
+  run = Executor(lanes, dict.fromkeys(Kind, begin), Costs(), clock=clock).run
+  state, spans = start_step(work, 0, last=2), []
+  for step in range(3):
+    ran, state = run(state)
+    spans += ran
+    if step < 2:
+      state = next_step(state, last=2)
+  predicted = simulate(
+    start_step(work, 0, last=2),
+    lanes,
+    lambda lane, unit: seconds[unit.kind],
+    last=2,
+  )
+  key = lambda s: (s.name, s.lane, s.args["step"], s.args["unit"], s.start)  # noqa: E731
+  assert sorted(map(key, spans)) == sorted(map(key, predicted))
+  assert any(s.name == Kind.SWITCH for s in spans)
+  stale = [s for s in spans if s.args["version"] < s.args["step"]]
+  assert {s.name for s in stale} == {Kind.GENERATE, Kind.SCORE}
+  assert 0 < sum(s.name == Kind.GENERATE for s in stale) <= 4

@@ -14,11 +14,13 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 
 from digen_jax import assemble, assets, cluster
+from digen_jax.benchmarks import output
 from digen_jax.config import Config, Pipeline, from_config_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import UserError
@@ -72,6 +74,7 @@ class Ran:
 
 
 def run(
+  workdir: str | Path,
   *,
   repetitions: int = 3,
   workloads: Sequence[str] = tuple(WORKLOADS),
@@ -79,9 +82,10 @@ def run(
   group_size: int = 16,
   report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Measures the ladder.
+  """Measures the ladder; writes `ladder.json` and `ladder.md`.
 
   Args:
+    workdir: directory for them.
     repetitions: of every rung, interleaved.
     workloads: which of `WORKLOADS`.
     groups: prompts per step.
@@ -89,7 +93,7 @@ def run(
     report: told what happens, a line at a time.
 
   Returns:
-    The record that `launch/benchmark.py` writes.
+    What `ladder.json` holds beside where it was measured.
 
   Raises:
     UserError: fewer than two cores, or lanes that do not overlap here.
@@ -110,7 +114,27 @@ def run(
       tables[name] = _summary(rungs, _repeat(rungs, repetitions, report))
     finally:
       lanes.stop()
-  return result | {"workloads": tables}
+  result |= {"workloads": tables}
+  output.save(workdir, "ladder", rows(result), result)
+  return result
+
+
+def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
+  """The table: a line for every workload and rung."""
+  return [
+    {
+      "workload": name,
+      "rung": rung,
+      "step, s": r["median_seconds"],
+      "of the bound": r["bound_fraction"],
+      "x sequential": r["ratio_to_sequential"],
+      "x colocated": r["ratio_to_colocated"],
+      "predicted, s": r["predicted_step_seconds"],
+      "idle": " + ".join(f"{s['idle']:.2f}" for s in r["lanes"].values()),
+    }
+    for name, workload in result["workloads"].items()
+    for rung, r in workload["rungs"].items()
+  ]
 
 
 def workload_config(name: str, groups: int, group_size: int) -> Config:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from digen_jax.benchmarks import output
 from digen_jax.errors import UserError
 from digen_jax.svg import Series, line_chart
 
@@ -72,7 +73,8 @@ def run(
   """Trains every variant with every seed; runs that are complete are kept.
 
   Args:
-    workdir: a directory for each run, and `learning.svg`.
+    workdir: gets a directory for each run, `learning.svg`, `learning.md` and
+      `learning.json`.
     config: config file of the task.
     steps: global steps.
     seeds: of the runs.
@@ -97,6 +99,9 @@ def run(
     numbers = [row["step"] for row in rows]
     curves[name] = Curve(numbers, rewards, statistics.mean(stale))
   (Path(workdir) / "learning.svg").write_text(chart(curves))
+  rows = [curve.row(name) for name, curve in curves.items()]
+  details = {name: dataclasses.asdict(c) for name, c in curves.items()}
+  output.save(workdir, "learning", rows, {"curves": details})
   return curves
 
 

@@ -1,0 +1,103 @@
+"""Lanes as Ray actors: shares of the machine, and the same result as here."""
+
+import types
+
+import jax
+import numpy as np
+import pytest
+
+from digen_jax import cluster, serving, training
+from digen_jax.config import from_config_dict
+from digen_jax.errors import UserError
+from digen_jax.links import Hardware
+from tests.small_run import distance, small_config
+
+
+@pytest.mark.parametrize(
+  ("cores", "counts", "shares"),
+  [
+    ([0, 1], (1, 1), ((0,), (1,))),
+    (range(8), (2, 6), ((0, 1), (2, 3, 4, 5, 6, 7))),
+    ([4, 5, 6], (1, 7), ((4,), (5, 6))),
+    ([3], (1, 1), ((), ())),  # too few: nobody is pinned
+  ],
+)
+def test_cores_are_shared_by_devices(monkeypatch, cores, counts, shares):
+  monkeypatch.setattr("os.sched_getaffinity", lambda _: set(cores))
+  ray = types.SimpleNamespace(cluster_resources=dict)
+  axes = {"rollout": {"data": counts[0]}, "trainer": {"fsdp": counts[1]}}
+  sites = cluster.place(ray, axes)
+  assert tuple(site.cores for site in sites.values()) == shares
+  assert tuple(site.devices for site in sites.values()) == counts
+
+
+def test_gpus_are_left_to_ray():
+  ray = types.SimpleNamespace(cluster_resources=lambda: {"GPU": 4.0})
+  axes = {"rollout": {"data": 1}, "trainer": {"fsdp": 2, "tensor": 1}}
+  sites = cluster.place(ray, axes)
+  assert [s.gpus for s in sites.values()] == [True, True]
+  assert [s.devices for s in sites.values()] == [1, 2]
+  assert all(site.cores == () for site in sites.values())
+
+
+def test_ray_missing_names_the_extra(monkeypatch):
+  monkeypatch.setitem(__import__("sys").modules, "ray", None)
+  with pytest.raises(UserError, match=r"pip install 'digen-jax\[cluster\]'"):
+    cluster.start()
+
+
+class FakeIsland:
+  mesh = None
+
+  def update(self):
+    return {"grad_norm": jax.numpy.ones(())}
+
+  def add(self, gradient):
+    raise ValueError(f"no room for {gradient}")
+
+  def switch(self, resharded):
+    return jax.numpy.ones(3)  # whole weights, in earnest
+
+
+def test_a_failed_call_fails_all_later_ones(monkeypatch):
+  hardware = Hardware({"data": 1}, 1, 1, "cpu")
+  monkeypatch.setattr(Hardware, "of", classmethod(lambda *_: hardware))
+  served = serving.Served(FakeIsland())
+  metrics = served.call("update")
+  assert isinstance(metrics["grad_norm"], np.ndarray | np.generic)
+  assert served.call("switch", True) is None
+  with pytest.raises(ValueError, match="no room for 3"):
+    served.call("add", 3)  # nobody waits for it ...
+  with pytest.raises(ValueError, match="no room for 3"):
+    served.call("update")  # ... so this one tells
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_actors_train_as_meshes_of_one_process_do(prompts_file, tmp_path):
+  results = {}
+  for lanes in ("local", "ray"):
+    config = small_config(prompts_file)
+    config.batch.prompts = 6
+    config.pipeline.update(lanes=lanes, tag=True, rat=True, bts=False)
+    config.steps, config.checkpoint_every = 4, 2
+    config.mesh.rollout = config.mesh.trainer = 1
+    run = training.Run(from_config_dict(config), tmp_path / lanes)
+    run.warm_up()
+    rows = []
+    for step in range(4):
+      if step == 2:  # stopped here and taken up again
+        run.save()
+        run.close()
+        run = training.Run(from_config_dict(config), tmp_path / lanes)
+        assert run.step == 2
+      rows.append(run.train_one_step()[0])
+    params = jax.device_get(run.trainer.call("averaged").result())
+    rewards = run.evaluate().rewards
+    run.close()
+    results[lanes] = params, rewards
+    assert all(row["ratio_max_abs_log"] <= 1e-6 for row in rows)
+    assert all(set(row["trained_by"]) == {"rollout", "trainer"} for row in rows)
+  (here, scored), (there, scored_there) = results["local"], results["ray"]
+  assert distance(here, there) < 1e-6
+  np.testing.assert_array_equal(scored, scored_there)
