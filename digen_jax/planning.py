@@ -263,6 +263,7 @@ def plan_text(plan: Plan) -> str:
     f"{plan.devices:,} devices; {work.samples:,} samples a step ({work.groups:,} "
     f"prompts × {work.group_size}), {work.window} steps of each trained",
     "costs:\n" + "\n".join(f"  {line}" for line in plan.assumed),
+    *_memory(plan.table),
     f"as configured: {_describe(plan, configured)}",
     "ladder, split and unit sizes of the config:\n" + _text(plan.rungs),
     "ladder, each rung with the split that serves it best:\n"
@@ -271,6 +272,22 @@ def plan_text(plan: Plan) -> str:
     + as_flags(best.split, best.techniques),
   ]
   return "\n\n".join(parts)
+
+
+def _memory(table: CostTable) -> list[str]:
+  """How many rows fit, where that is known."""
+  roles = {"rollout": table.rollout, "trainer": table.trainer}
+  if not all(role.max_rows for role in roles.values()):
+    return []
+  return [
+    "memory: a Train unit may have "
+    + ", ".join(
+      f"{role.max_rows} rows on every {role.shards} of the {name} devices"
+      if role.shards > 1
+      else f"{role.max_rows} rows on each {name} device"
+      for name, role in roles.items()
+    )
+  ]
 
 
 def _text(rungs: Mapping[str, Prediction]) -> str:
