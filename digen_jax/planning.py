@@ -170,10 +170,11 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   """The split that a config asks for; "auto" is what the other role leaves.
 
   Raises:
-    UserError: more devices than there are.
+    UserError: more devices than there are, or no number of them.
   """
   sizes = {
-    role: _count(getattr(config.mesh, role)) for role in ("rollout", "trainer")
+    role: _count(role, getattr(config.mesh, role))
+    for role in ("rollout", "trainer")
   }
   split = equal_split(work, devices)
   rollout, trainer = sizes["rollout"], sizes["trainer"]
@@ -189,12 +190,17 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   return dataclasses.replace(split, rollout=rollout, trainer=trainer)
 
 
-def _count(mesh: Any) -> int | None:
+def _count(role: str, mesh: Any) -> int | None:
   if mesh == "auto":
     return None
   if isinstance(mesh, Mapping):
     return math.prod(mesh.values())
-  return int(mesh)
+  if str(mesh).isdigit():
+    return int(mesh)
+  raise UserError(
+    f"config.mesh.{role} takes a device count, axis sizes or 'auto'; got "
+    f"{mesh!r}"
+  )
 
 
 def techniques_of(config: Config) -> Techniques:
