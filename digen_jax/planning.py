@@ -170,10 +170,11 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   """The split that a config asks for; "auto" is what the other role leaves.
 
   Raises:
-    UserError: more devices than there are.
+    UserError: more devices than there are, or no number of them.
   """
   sizes = {
-    role: _count(getattr(config.mesh, role)) for role in ("rollout", "trainer")
+    role: _count(role, getattr(config.mesh, role))
+    for role in ("rollout", "trainer")
   }
   split = equal_split(work, devices)
   rollout, trainer = sizes["rollout"], sizes["trainer"]
@@ -189,12 +190,17 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   return dataclasses.replace(split, rollout=rollout, trainer=trainer)
 
 
-def _count(mesh: Any) -> int | None:
+def _count(role: str, mesh: Any) -> int | None:
   if mesh == "auto":
     return None
   if isinstance(mesh, Mapping):
     return math.prod(mesh.values())
-  return int(mesh)
+  if str(mesh).isdigit():
+    return int(mesh)
+  raise UserError(
+    f"config.mesh.{role} takes a device count, axis sizes or 'auto'; got "
+    f"{mesh!r}"
+  )
 
 
 def techniques_of(config: Config) -> Techniques:
@@ -263,6 +269,7 @@ def plan_text(plan: Plan) -> str:
     f"{plan.devices:,} devices; {work.samples:,} samples a step ({work.groups:,} "
     f"prompts × {work.group_size}), {work.window} steps of each trained",
     "costs:\n" + "\n".join(f"  {line}" for line in plan.assumed),
+    *_memory(plan.table),
     f"as configured: {_describe(plan, configured)}",
     "ladder, split and unit sizes of the config:\n" + _text(plan.rungs),
     "ladder, each rung with the split that serves it best:\n"
@@ -271,6 +278,22 @@ def plan_text(plan: Plan) -> str:
     + as_flags(best.split, best.techniques),
   ]
   return "\n\n".join(parts)
+
+
+def _memory(table: CostTable) -> list[str]:
+  """How many rows fit, where that is known."""
+  roles = {"rollout": table.rollout, "trainer": table.trainer}
+  if not all(role.max_rows for role in roles.values()):
+    return []
+  return [
+    "memory: a Train unit may have "
+    + ", ".join(
+      f"{role.max_rows} rows on every {role.shards} of the {name} devices"
+      if role.shards > 1
+      else f"{role.max_rows} rows on each {name} device"
+      for name, role in roles.items()
+    )
+  ]
 
 
 def _text(rungs: Mapping[str, Prediction]) -> str:

@@ -282,7 +282,7 @@ def test_the_bound_of_equal_lanes_is_the_work_of_all_units_in_halves():
   assert found.bound_seconds == pytest.approx(work / 2)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(table=tables, work=workloads, rung=rungs, devices=st.integers(2, 6))
 def test_the_best_split_is_no_worse_than_the_equal_one(
   table, work, rung, devices
@@ -425,6 +425,9 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
   assert plan.fastest == "colocated"
   config = from_config_dict({"mesh": {"rollout": 6, "trainer": {"fsdp": 4}}})
   with pytest.raises(UserError, match=r"6 \+ 4 devices"):
+    planning.make_plan(config, WORK, TABLE, 8)
+  config = from_config_dict({"mesh": {"rollout": "six"}})
+  with pytest.raises(UserError, match="mesh.rollout takes a device count"):
     planning.make_plan(config, WORK, TABLE, 8)
   with pytest.raises(UserError, match="no figures of a device"):
     planning.find_device("H10")
