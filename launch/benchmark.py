@@ -70,6 +70,8 @@ def _learning() -> None:
 
 
 def _loading() -> None:
+  # Devices are for the processes that are measured, one after the other.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
   start_devices(1)
   from digen_jax.benchmarks import loading
 

@@ -3,12 +3,21 @@
 import json
 
 import diffusers
+import jax
+import jax.numpy as jnp
 import numpy as np
+import peft
 import pytest
+import torch
 
 from digen_jax import jobs, training
-from digen_jax.config import default_config, from_config_dict
+from digen_jax.assemble import assemble
+from digen_jax.benchmarks import cases, reference
+from digen_jax.checkpoint import Checkpoints
+from digen_jax.config import Train, default_config, from_config_dict, to_dict
+from digen_jax.grpo.train_step import join
 from digen_jax.metrics import read_metrics
+from digen_jax.optimizer import make_optimizer
 from tests import autoencoders, references, text_pipelines
 
 JOINT = dict(num_layers=2, attention_head_dim=24, num_attention_heads=2)
@@ -171,3 +180,112 @@ def test_three_steps_resumed_and_exported(
     not np.array_equal(a.detach(), b.detach())
     for a, b in zip(module.parameters(), base.parameters())
   )
+
+
+def adapted_run(config, workdir):
+  """A run with trained adapters, as far as its files go.
+
+  Returns:
+    The model, and its parameters before and after.
+  """
+  config = from_config_dict(config)
+  assembly = assemble(config)
+  before, frozen = assembly.weights.trainable, assembly.weights.frozen
+  rng = np.random.default_rng(0)
+  after = jax.tree.map_with_path(
+    lambda path, x: (
+      jnp.asarray(0.1 * rng.normal(size=x.shape), x.dtype)
+      if path[-1].key == "lora_b"
+      else x
+    ),
+    before,
+  )
+  state = {
+    "trainable": after,
+    "optimizer": make_optimizer(config.train, 1).init(after),
+    "ema": None,
+  }
+  checkpoints = Checkpoints(workdir / "checkpoints", 1)
+  checkpoints.save(1, state, {})
+  checkpoints.close()
+  text = json.dumps({"config": to_dict(config)})
+  (workdir / "config.json").write_text(text)
+  return assembly.model, join(before, frozen), join(after, frozen)
+
+
+def adapted_layers(module):
+  return [
+    layer
+    for layer in module.modules()
+    if isinstance(layer, peft.tuners.tuners_utils.BaseTunerLayer)
+  ]
+
+
+TARGETS = {"default": ("attn", "ff"), "everything": ("",)}
+# Layers that LoRA adapts: attention and feed-forward of the blocks (the first
+# of SD3 attends twice, its last has neither output nor feed-forward for the
+# text; those of Wan attend twice; HunyuanVideo has a refiner block). With
+# "everything", all linear ones.
+ADAPTED = {
+  ("flux", "default"): 2 * (8 + 4) + 2 * 3,
+  ("qwen_image", "default"): 2 * (8 + 4),
+  ("stable_diffusion_3", "default"): (8 + 4 + 4) + (8 + 4) + (7 + 2),
+  ("wan", "default"): 2 * (8 + 2),
+  ("hunyuan_video", "default"): 2 * (8 + 4) + 3 + (4 + 2),
+}
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("name", PARTS)
+def test_diffusers_loads_what_is_exported(name, targets, checkpoints, tmp_path):
+  checkpoint = checkpoints(name)
+  config = family_config(name, checkpoint, tmp_path)
+  config.train.lora_rank, config.train.lora_alpha = 3, 5.0
+  config.train.lora_targets = TARGETS[targets]
+  model, before, after = adapted_run(config, tmp_path)
+  jobs.export_run(tmp_path, tmp_path / "lora")
+  jobs.export_run(tmp_path, tmp_path / "merged", "pipeline")
+
+  (case,) = (
+    c
+    for c in cases.CASES.values()
+    if c.family.class_name == PARTS[name][0].__name__
+  )
+  work = case.workload(0, tiny=True)
+  inputs = cases.inputs(case, model.config, work, batch=2)
+  with jax.default_matmul_precision("highest"):
+    base, expected = (jax.jit(model.apply)(p, *inputs) for p in (before, after))
+  assert np.abs(base - expected).max() > 0.03
+
+  adapted = diffusers.DiffusionPipeline.from_pretrained(checkpoint)
+  linears = [
+    layer
+    for layer in adapted.transformer.modules()
+    if isinstance(layer, torch.nn.Linear)
+  ]
+  adapted.load_lora_weights(str(tmp_path / "lora"))
+  count = ADAPTED.get((name, targets), len(linears))
+  assert len(adapted_layers(adapted.transformer)) == count > 0
+  merged = diffusers.DiffusionPipeline.from_pretrained(tmp_path / "merged")
+  assert not adapted_layers(merged.transformer)
+  tensors = jax.tree.map(torch.from_numpy, inputs)
+  for pipeline in (adapted, merged):
+    module = pipeline.transformer.requires_grad_(False)
+    actual = reference.velocity(module, *tensors)
+    np.testing.assert_allclose(actual, expected, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARTS)
+def test_ratios_in_bfloat16(name, checkpoints, tmp_path):
+  """Before the first update, rollout and training agree on probabilities."""
+  config = family_config(name, checkpoints(name), tmp_path)
+  config.steps, config.dtype.compute = 2, "bfloat16"
+  config.train.clip_range = Train().clip_range
+  config.train.lora_rank, config.train.lora_targets = 4, ("attn",)
+  training.train(from_config_dict(config), tmp_path / "run")
+  rows = read_metrics(tmp_path / "run" / "metrics.jsonl")
+  for row in rows:
+    found = row["ratio_max_abs_log"]
+    print(f"{name} bfloat16: |log ratio| <= {found:.1e}")
+    assert 0 <= found < config.train.clip_range / 10

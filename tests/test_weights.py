@@ -96,6 +96,15 @@ def test_dtypes(saved, tmp_path):
   )
 
 
+def test_parameters_do_not_share_memory_with_files(copy):
+  before = load.load_model(copy, dtype="float32").params
+  kept = jax.tree.map(np.array, before)
+  size = (copy / FILE).stat().st_size
+  with open(copy / FILE, "r+b") as stream:  # in place, as no editor does
+    stream.write(b"\1" * size)
+  jax.tree.map(np.testing.assert_array_equal, before, kept)
+
+
 def test_each_device_gets_its_part(saved):
   whole = load.load_model(saved)
   mesh = mesh_lib.make_mesh(dict(fsdp=2, tensor=2), jax.devices()[:4])

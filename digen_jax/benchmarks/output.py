@@ -20,7 +20,7 @@ def environment() -> dict[str, Any]:
   devices = jax.devices()
   return {
     "date": datetime.date.today().isoformat(),
-    "command": " ".join(["python", *sys.argv]),
+    "command": _command(),
     "cpu": cpu_name(),
     "cores": len(os.sched_getaffinity(0)),
     "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -59,6 +59,7 @@ def save(
   name: str,
   rows: Sequence[Mapping[str, Any]],
   details: Mapping[str, Any],
+  where: Mapping[str, Any] | None = None,
 ) -> None:
   """Prints the table; writes `<name>.md` and `<name>.json` to `workdir`.
 
@@ -67,10 +68,11 @@ def save(
     name: of the benchmark.
     rows: of the table.
     details: whatever else is to be kept in the JSON file.
+    where: `environment` of the process that measured, if it was another.
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  where = environment()
+  where = {**(where or environment()), "command": _command()}
   table = markdown(rows)
   versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
   fragment = (
@@ -82,6 +84,10 @@ def save(
   (workdir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
   print(table)
   print(f"written: {workdir / name}.md, {workdir / name}.json")
+
+
+def _command() -> str:
+  return " ".join(["python", *sys.argv])
 
 
 def _text(value: Any) -> str:

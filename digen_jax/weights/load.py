@@ -1,15 +1,17 @@
 """Diffusers directories -> models with (sharded) parameters.
 
-Each leaf is read straight into its final stacked, transposed, cast form: no
-second copy of the checkpoint is ever held, and with a mesh each device's part
-is read alone.
+Tensors go from the mapped files straight into stacked, transposed, cast leaves
+on their devices, several at a time: the host holds `READERS` tensors, and
+never a leaf or a file.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +55,7 @@ COMPONENT_FILES = {
   "tokenizer_3": (TOKENIZER,),
 }
 
+READERS = 4  # threads; each has one tensor under way
 FINGERPRINTED = (".json", ".safetensors")
 SAMPLED_BYTES = 2**20
 
@@ -255,10 +258,16 @@ def read_params(
   directory = Path(directory)
   tensors = safetensors.list_tensors(directory)
   found = _match(directory, abstract, name_map, tensors)
-  params: Params = {}
-  for entry, parts in found:
+
+  def read(leaf: tuple[Entry, list[Tensor]]) -> jax.Array:
+    entry, parts = leaf
     sharding = _at(shardings, entry.path) if shardings is not None else None
-    array = _read(entry, parts, np.dtype(dtype), sharding)
+    return _read(entry, parts, np.dtype(dtype), sharding)
+
+  with futures.ThreadPoolExecutor(READERS) as pool:
+    arrays = list(pool.map(read, found))
+  params: Params = {}
+  for (entry, _), array in zip(found, arrays):
     node = params
     for key in entry.path[:-1]:
       node = node.setdefault(key, {})
@@ -372,36 +381,32 @@ def _read(
   entry: Entry,
   parts: list[Tensor],
   dtype: np.dtype,
-  sharding: jax.sharding.Sharding | None,
+  sharding: jax.sharding.NamedSharding | None,
 ) -> jax.Array:
-  """One leaf of our tree, on its devices."""
-  blocks: dict[str, np.ndarray] = {}
+  """One leaf of our tree, filled on its devices tensor by tensor.
 
-  def block(index: tuple[slice, ...]) -> np.ndarray:
-    # Replicas ask for the same block: read it once.
-    if (key := str(index)) not in blocks:
-      blocks[key] = _read_block(entry, parts, dtype, index)
-    return blocks[key]
-
-  if sharding is None:
-    return jax.device_put(block((slice(None),) * len(entry.shape)))
-  return jax.make_array_from_callback(entry.shape, sharding, block)
-
-
-def _read_block(
-  entry: Entry,
-  parts: list[Tensor],
-  dtype: np.dtype,
-  index: tuple[slice, ...],
-) -> np.ndarray:
+  Transposing is left to the transfer, which is given a strided view of the
+  mapped file, and casting to the devices.
+  """
   if not entry.stacked:
-    return np.array(entry.to_ours(parts[0].view())[index], dtype, order="C")
-  parts = parts[index[0]]
-  sizes = [len(range(size)[i]) for size, i in zip(entry.shape[1:], index[1:])]
-  block = np.empty((len(parts), *sizes), dtype)
+    array = jax.device_put(entry.to_ours(parts[0].view()), sharding)
+    return jnp.array(array, dtype, copy=True)  # it may share the file's pages
+  block = jnp.zeros(entry.shape, dtype, device=sharding)
+  if sharding is not None:
+    spec = jax.P(*sharding.spec[1:])
+    sharding = jax.NamedSharding(sharding.mesh, spec)
   for layer, tensor in enumerate(parts):
-    block[layer] = entry.to_ours(tensor.view())[index[1:]]
+    part = jax.device_put(entry.to_ours(tensor.view()), sharding)
+    # Waiting bounds what is under way, on the host and on the devices.
+    block = jax.block_until_ready(_place(block, part, layer))
   return block
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _place(block: jax.Array, part: jax.Array, layer: int) -> jax.Array:
+  """`block` with another layer, in its own memory."""
+  part = part.astype(block.dtype)
+  return jax.lax.dynamic_update_index_in_dim(block, part, layer, 0)
 
 
 def _shardings(

@@ -1,0 +1,125 @@
+"""The benchmarks themselves, at sizes that say nothing about speed."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from digen_jax.benchmarks import cases, loading, models, output, reference
+from digen_jax.models import abstract_model, lora
+from digen_jax.weights import load, safetensors
+
+SCRIPT = Path(__file__).parents[1] / "launch" / "benchmark.py"
+
+
+def test_a_table_is_aligned_markdown():
+  rows = [dict(name="a", GB=0.01234), dict(name="longer", GB=None)]
+  assert output.markdown(rows).splitlines() == [
+    "| name   | GB     |",
+    "|--------|--------|",
+    "| a      | 0.0123 |",
+    "| longer | –      |",
+  ]
+
+
+def test_unknown_names_are_refused(tmp_path):
+  command = [sys.executable, SCRIPT, "nothing", f"--workdir={tmp_path}"]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 2
+  assert "'nothing' is no benchmark: name one of" in done.stderr
+
+
+def test_the_synthetic_checkpoint_is_one(tmp_path):
+  largest = loading.write_checkpoint(tmp_path, 0.012, heads=1)
+  files = safetensors.find_files(tmp_path)
+  assert len(files) == loading.FILES
+  sizes = [file.stat().st_size for file in files]
+  assert largest == max(sizes) < 0.5 * sum(sizes)
+  assert 0.008e9 < sum(sizes) < 0.016e9
+  values = [x for file in files for x in load_file(file).values()]
+  assert all(np.isfinite(x.astype(np.float32)).all() for x in values)
+  model = load.load_model(tmp_path, dtype="bfloat16")
+  assert sum(x.nbytes for x in jax.tree.leaves(model.params)) == sum(
+    x.nbytes for x in values
+  )
+
+
+def test_loading_reports_memory_and_speed(tmp_path):
+  rows = loading.run(tmp_path, gigabytes=0.012, repetitions=1, heads=1)
+  assert [row["devices"] for row in rows] == [None, 1, loading.SHARDED]
+  assert all(row["GB/s"] > 0 for row in rows)
+  assert rows[0]["time / safetensors"] == 1.0
+  record = json.loads((tmp_path / "loading.json").read_text())
+  assert record["rows"] == rows
+  assert record["versions"]["jax"] == jax.__version__
+  # The checkpoint is gone.
+  assert {x.name for x in tmp_path.iterdir()} == {"loading.md", "loading.json"}
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_tiny_models_are_measured(name):
+  """What the processes do, in this one."""
+  config = cases.CASES[name].config(tiny=True)
+  assert config.num_layers <= 3
+  for step in models.STEPS:
+    ours = models._child(models.Task(name, step, "digen_jax", "auto"))
+    assert (ours["size"], ours["platform"]) == ("tiny", "cpu")
+    theirs = models._child(
+      models.Task(name, step, "diffusers", "tiny", platform="cpu")
+    )
+    assert ours["seconds"] > 0 < theirs["seconds"]
+    assert ours["flops"] > 0
+  parity = models._child(models.Task(name, "parity", "diffusers", "tiny"))
+  assert 0 < parity["difference"] < 1e-4
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_both_frameworks_train_the_same_adapters(name):
+  case = cases.CASES[name]
+  module = reference.build(case.raw(tiny=True), torch.float32)
+  module.requires_grad_(False)
+  models._adapt_torch(module)
+  theirs = sum(p.numel() for p in module.parameters() if p.requires_grad)
+  model = abstract_model(case.family, case.config(tiny=True))
+  adapted = jax.eval_shape(
+    lambda params: (
+      lora.adapt(
+        dataclasses.replace(model, params=params),
+        rank=models.RANK,
+        alpha=1.0,
+        targets=models.TARGETS,
+        key=jax.random.key(0),
+      ).params
+    ),
+    model.params,
+  )
+  trainable, _ = lora.split_trainable(adapted, "lora")
+  assert theirs == sum(x.size for x in jax.tree.leaves(trainable)) > 0
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_published_sizes_are_parsed(name):
+  case = cases.CASES[name]
+  config = case.config(tiny=False, remat="block")
+  for number in range(len(case.workloads)):
+    work = case.workload(number, tiny=False)
+    assert work.latents[-1] == config.latent_channels
+  assert config.num_layers >= 19
+
+
+@pytest.mark.slow
+def test_models_writes_a_table(tmp_path):
+  rows = models.run(tmp_path, families=["wan"], repetitions=1)
+  assert [(row["step"], row["by"]) for row in rows] == [
+    (step, by) for step in models.STEPS for by in ("digen_jax", "diffusers")
+  ]
+  record = json.loads((tmp_path / "models.json").read_text())
+  assert record["left_out"] == []
+  assert (tmp_path / "models.md").read_text().startswith("| model")
