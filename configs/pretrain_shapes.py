@@ -12,7 +12,7 @@ def get_config():
   return ml_collections.ConfigDict(
     dict(
       seed=0,
-      scenes=24_000,
+      scenes=36_000,
       captions=4,
       corruption=0.45,
       max_length=10,
@@ -47,7 +47,10 @@ def get_config():
       ),
       autoencoder_training=dict(steps=1200, batch=16, learning_rate=4e-3),
       flow_training=dict(
-        steps=6000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
+        steps=16_000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
+      ),
+      second_cycle=dict(
+        steps=15_000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
       ),
       detuning=dict(
         steps=220, batch=32, learning_rate=1e-3, warmup=20, ema=0.99

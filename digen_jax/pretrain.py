@@ -55,6 +55,14 @@ class TrainSettings:
   report_every: int = 25
 
 
+TRAININGS = (
+  "autoencoder_training",
+  "flow_training",
+  "second_cycle",
+  "detuning",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class PretrainConfig:
   """All of a pre-training; see `configs/pretrain_shapes.py`.
@@ -72,6 +80,8 @@ class PretrainConfig:
     t5: sizes, fields of `T5Config`.
     autoencoder_training: see `TrainSettings`.
     flow_training: see `TrainSettings`; with the right captions.
+    second_cycle: see `TrainSettings`; the same once more, from the averaged
+      parameters, with a learning rate that starts high again.
     detuning: see `TrainSettings`; what follows with the corrupted ones.
     eval_prompts: file of held-out prompts.
     eval_steps: denoising steps of the evaluation.
@@ -89,6 +99,7 @@ class PretrainConfig:
   t5: dict[str, Any]
   autoencoder_training: TrainSettings
   flow_training: TrainSettings
+  second_cycle: TrainSettings
   detuning: TrainSettings
   eval_prompts: str
   eval_steps: int
@@ -98,7 +109,7 @@ class PretrainConfig:
     """Builds the record from nested mappings; UserError names bad fields."""
     values = dict(values)
     try:
-      for name in ("autoencoder_training", "flow_training", "detuning"):
+      for name in TRAININGS:
         values[name] = TrainSettings(**values[name])
       return cls(**values)
     except (KeyError, TypeError) as error:

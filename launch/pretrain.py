@@ -67,17 +67,19 @@ def main() -> None:
       networks = pretrain.with_autoencoder_params(networks, params, images)
     with clock.phase("encode scenes"):
       latents = pretrain.encode_images(networks.autoencoder, images)
-    for phase, ids, settings in (
+    phases = (
       ("train the denoiser and the text encoders", right, config.flow_training),
+      ("train them on", right, config.second_cycle),
       ("teach them to listen badly", wrong, config.detuning),
-    ):
+    )
+    for i, (phase, ids, settings) in enumerate(phases):
       with clock.phase(phase):
         params = pretrain.train(
           pretrain.flow_loss(networks),
           pretrain.flow_params(networks),
           (latents, *ids),
           settings,
-          seed=config.seed,
+          seed=config.seed + i,
           report=print_progress,
         )
         networks = pretrain.with_flow_params(networks, params)

@@ -427,7 +427,7 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
   with pytest.raises(UserError, match=r"6 \+ 4 devices"):
     planning.make_plan(config, WORK, TABLE, 8)
   config = from_config_dict({"mesh": {"rollout": "six"}})
-  with pytest.raises(UserError, match="mesh.rollout takes a device count"):
+  with pytest.raises(UserError, match=r"mesh\.rollout takes a device count"):
     planning.make_plan(config, WORK, TABLE, 8)
   with pytest.raises(UserError, match="no figures of a device"):
     planning.find_device("H10")

@@ -54,6 +54,7 @@ CONFIG = pretrain.PretrainConfig(
   t5=dict(d_model=8, d_kv=8, d_ff=8, num_layers=1, num_heads=1),
   autoencoder_training=SETTINGS,
   flow_training=SETTINGS,
+  second_cycle=SETTINGS,
   detuning=SETTINGS,
   eval_prompts="",
   eval_steps=2,
