@@ -44,6 +44,7 @@ def get_config():
   config.train.clip_range = 1e-3
   config.train.remat = "dots"  # on a CPU writing residuals costs more
 
+  config.pipeline.tag = config.pipeline.rat = True
   # Four groups fill a core better than one, and still make a pipeline.
   config.pipeline.generate_size = 64
   config.pipeline.train_size = 64
