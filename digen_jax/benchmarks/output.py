@@ -14,13 +14,12 @@ PACKAGES = ("jax", "flax", "numpy", "safetensors", "torch", "diffusers")
 
 
 def environment() -> dict[str, Any]:
-  """When and where: date, command, host, JAX's devices, versions."""
+  """When and where: date, host, JAX's devices, versions."""
   import jax
 
   devices = jax.devices()
   return {
     "date": datetime.date.today().isoformat(),
-    "command": _command(),
     "cpu": cpu_name(),
     "cores": len(os.sched_getaffinity(0)),
     "devices": f"{len(devices)} x {devices[0].device_kind}",
@@ -72,12 +71,12 @@ def save(
   """
   workdir = Path(workdir)
   workdir.mkdir(parents=True, exist_ok=True)
-  where = {**(where or environment()), "command": _command()}
+  where = {**(where or environment()), "command": _command(name)}
   table = markdown(rows)
   versions = ", ".join(f"{k} {v}" for k, v in where["versions"].items())
   fragment = (
-    f"{table}\n\n`{where['command']}`, {where['date']}, {where['cpu']}, "
-    f"{where['cores']} cores, {where['devices']}; {versions}.\n"
+    f"{table}\n\n`{where['command']}`, {where['date']}, {where['cpu']} "
+    f"({where['cores']} cores), {where['devices']}; {versions}.\n"
   )
   content = {"benchmark": name, **where, "rows": list(rows), **details}
   (workdir / f"{name}.md").write_text(fragment)
@@ -86,8 +85,9 @@ def save(
   print(f"written: {workdir / name}.md, {workdir / name}.json")
 
 
-def _command() -> str:
-  return " ".join(["python", *sys.argv])
+def _command(name: str) -> str:
+  """What was typed; the dispatcher takes the name out of the arguments."""
+  return " ".join(["python", sys.argv[0], name, *sys.argv[1:]])
 
 
 def _text(value: Any) -> str:
