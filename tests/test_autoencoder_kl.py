@@ -1,5 +1,6 @@
 """The image autoencoder against diffusers'."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -54,7 +55,7 @@ def test_matches_diffusers(tmp_path, overrides, batch, size):
   posterior = reference.encode(torch.from_numpy(nchw(images)) * 2 - 1)
   shift = config.shift_factor or 0.0
   mean = posterior.latent_dist.mean.numpy()
-  latents = references.jit(model.encode)(model.params, images)
+  latents = jax.jit(model.encode)(model.params, images)
   np.testing.assert_allclose(
     nchw(latents), (mean - shift) * config.scaling_factor, atol=2e-5
   )
@@ -63,7 +64,7 @@ def test_matches_diffusers(tmp_path, overrides, batch, size):
   latents = references.normal(1, batch, *latents.shape[1:])
   raw = torch.from_numpy(nchw(latents)) / config.scaling_factor + shift
   expected = (reference.decode(raw).sample / 2 + 0.5).clip(0, 1).numpy()
-  decoded = references.jit(model.decode)(model.params, latents)
+  decoded = jax.jit(model.decode)(model.params, latents)
   assert decoded.shape == images.shape
   np.testing.assert_allclose(nchw(decoded), expected, atol=4e-5)
 
@@ -79,7 +80,7 @@ def test_small_variance_keeps_group_norm_epsilon(tmp_path):
   mean = reference.encode(torch.from_numpy(nchw(images)) * 2 - 1)
   mean = mean.latent_dist.mean.numpy()
   expected = (mean - 0.12) * 0.36
-  actual = references.jit(model.encode)(model.params, images)
+  actual = jax.jit(model.encode)(model.params, images)
   np.testing.assert_allclose(nchw(actual), expected, atol=2e-5)
 
 

@@ -92,20 +92,15 @@ def test_apply_packs_patches_in_channel_row_column_order():
       patch = latents[:, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
       tokens.append(jnp.moveaxis(patch, -1, 1).reshape(3, 16))
       ids.append([0, row, column])
-
-  @jit
-  def run(params, tokens):
-    return nnx.merge(model.graphdef, params)(
-      tokens,
-      conditioning.text,
-      conditioning.pooled,
-      sigma,
-      np.array(ids),
-      np.zeros((5, 3)),
-      conditioning.guidance,
-    )
-
-  output = run(model.params, jnp.stack(tokens, axis=1))
+  output = nnx.merge(model.graphdef, model.params)(
+    jnp.stack(tokens, axis=1),
+    conditioning.text,
+    conditioning.pooled,
+    sigma,
+    np.array(ids),
+    np.zeros((5, 3)),
+    conditioning.guidance,
+  )
   for i, (_, row, column) in enumerate(ids):
     patch = jnp.moveaxis(output[:, i].reshape(3, 4, 2, 2), 1, -1)
     np.testing.assert_allclose(

@@ -22,7 +22,6 @@ from digen_jax.rewards import shapes
 from digen_jax.sampling import initial_latents
 from digen_jax.weights.load import load_autoencoder, load_model
 from digen_jax.weights.text import load_text_encoder
-from tests.references import jit
 
 SETTINGS = pretrain.TrainSettings(steps=2, batch=4, learning_rate=1e-3)
 CONFIG = pretrain.PretrainConfig(
@@ -158,7 +157,7 @@ def test_train_minimises_and_averages():
 def test_flow_loss_of_an_untrained_model_is_the_velocity_itself(networks):
   latents = np.full((64, 8, 8, 4), 2.0, np.float32)
   ids = np.zeros((64, 3, 10), np.int32)
-  value = jit(pretrain.flow_loss(networks))(
+  value = jax.jit(pretrain.flow_loss(networks))(
     pretrain.flow_params(networks), (latents, ids, ids), jax.random.key(0)
   )
   # A fresh model predicts 0: E (noise - 2)^2 = 1 + 4.
@@ -170,7 +169,7 @@ def test_autoencoder_loss_counts_both_errors_and_the_kl(networks):
   # With all weights 0 mean, log-variance and output are 0.
   zeros = jax.tree.map(jnp.zeros_like, autoencoder.params)
   images = np.full((2, 32, 32, 3), 255, np.uint8)
-  loss = jit(pretrain.autoencoder_loss(autoencoder, 0.5))
+  loss = jax.jit(pretrain.autoencoder_loss(autoencoder, 0.5))
   # (0 - 1)^2 four times, |0 - 1| once, and no divergence.
   assert float(loss(zeros, images, jax.random.key(0))) == pytest.approx(5.0)
   # Mean 2 everywhere: a divergence of 2 per element.
