@@ -211,15 +211,6 @@ def _needs(
   return 0
 
 
-def needs(unit: Unit, work: Workload) -> frozenset[Unit]:
-  """The units of the same step that must be done before this one starts."""
-  of_step_0 = dataclasses.replace(unit, step=0)
-  member = 1 << plan(work).number[of_step_0]
-  units = step_units(work, unit.step)
-  (needed,) = (g.needs for g in plan(work).gates if g.members & member)
-  return frozenset(units[i] for i in bits(needed))
-
-
 def bits(members: int) -> list[int]:
   """The members of a set of bits, in order."""
   found = []

@@ -1,0 +1,198 @@
+"""What islands are asked to do in a step, told by islands that only listen."""
+
+import dataclasses
+import types
+from typing import Any
+
+import numpy as np
+import pytest
+
+import digen_jax as dj
+from digen_jax.config import default_config, from_config_dict
+from digen_jax.data.prompts import PromptStream
+from digen_jax.lanes import make_lanes, team_of
+from digen_jax.links import Hardware
+from digen_jax.pipeline.costs import Costs
+from digen_jax.pipeline.execute import Executor
+from digen_jax.pipeline.scheduler import start_step
+from digen_jax.pipeline.units import Workload
+from digen_jax.program import Program
+from digen_jax.rewards.compose import compose
+from digen_jax.types import Conditioning
+
+SEED, STEPS, SIZE = 5, 8, 3
+WORK = Workload(
+  groups=4,
+  group_size=SIZE,
+  window=3,
+  updates=2,
+  generate_size=SIZE,
+  train_size=SIZE,
+  pack=2,
+  gap=True,
+)
+SIGMAS = np.linspace(1, 0, STEPS + 1, dtype=np.float32)
+PROMPTS = tuple("abcdefg")
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+  """A result that is there."""
+
+  value: Any
+
+  def ready(self):
+    return True
+
+  def result(self):
+    return self.value
+
+
+@dataclasses.dataclass(frozen=True)
+class Listener:
+  """An island whose latents say of which sample and step they are."""
+
+  hardware: Hardware
+  heard: list
+
+  def call(self, method, *args):
+    args = [a.value if isinstance(a, Done) else a for a in args]
+    self.heard.append((method, args))
+    return Done(getattr(self, method, lambda *_: {"grad_norm": 1.0})(*args))
+
+  def call_pair(self, method, *args):
+    return map(Done, self.call(method, *args).value)
+
+  def generate(self, version, prompts, negative, rows, start, numbers):
+    _, step, group, member = numbers
+    sample = number_of(step, group, member)[:, None]
+    at = start[:, None] + np.arange(WORK.window + 1)
+    trajectory = dj.Trajectory(
+      states=np.float32(100 * sample + at)[..., None],
+      log_probs=np.float32(sample + at[:, :-1] / 10),
+      steps=at[:, :-1],
+      final=None,
+    )
+    return trajectory, np.uint8(sample)[:, None, None] + np.zeros(3, np.uint8)
+
+  def gradients(self, number, *args):
+    return {"rows": np.float32(1)}, ("gradient", number)
+
+  def outgoing(self, version):
+    return ("weights", version)
+
+  def receive(self, parcel):
+    return 0
+
+
+def number_of(step, group, member):
+  return 20 * int(step) + np.int64(group) * SIZE + member
+
+
+def reward(images, prompts):
+  return [float(7 * round(i * 255) % 11) for i in images[:, 0, 0, 0]]
+
+
+@pytest.fixture(params=["own work", "assisting"])
+def steps(request):
+  """What was asked of all islands, in order, by step."""
+  config = default_config()
+  config.seed, config.batch.prompts, config.batch.group_size = SEED, 4, SIZE
+  config.sampling.num_steps, config.sampling.window = STEPS, WORK.window
+  config.sampling.window_first = 5
+  config.pipeline.tag = config.pipeline.rat = request.param == "assisting"
+  config = dataclasses.replace(
+    from_config_dict(config), checkpoint="", prompts=""
+  )
+  heard, lanes = [], make_lanes(config.pipeline)
+  links = {
+    name: Listener(Hardware({"data": n}, n, n, "none"), heard)
+    for name, n in (("rollout", 2), ("trainer", 4))
+  }
+  program = Program(
+    config,
+    WORK,
+    types.SimpleNamespace(sigmas=SIGMAS, latent_shape=(1,)),
+    team_of(lanes, links),
+    compose(reward),
+    PromptStream(PROMPTS, SEED, 4),
+    Conditioning(text=np.arange(7.0, dtype=np.float32)[:, None, None]),
+    None,
+  )
+  executor, found = Executor(lanes, program.starts, Costs()), []
+  for step in (2, 3):
+    heard.clear()
+    program.begin_step(step)
+    executor.run(start_step(WORK, step, last=step))
+    found.append((step, list(heard)))
+  return found
+
+
+def test_noise_is_keyed_by_step_group_and_member(steps):
+  for step, heard in steps:
+    drawn = []
+    for version, prompts, _, rows, _, numbers in args_of(heard, "generate"):
+      seed, of, group, member = numbers
+      assert (version, seed, of) == (step, SEED, step)
+      ids = PromptStream(PROMPTS, SEED, 4).indices(step)
+      np.testing.assert_array_equal(prompts.text[rows, 0, 0], ids[group])
+      drawn += zip(group[:SIZE], member[:SIZE])
+      # Padding repeats the last sample.
+      assert set(zip(group, member)) == set(drawn[-SIZE:])
+    assert sorted(drawn) == [(g, m) for g in range(4) for m in range(SIZE)]
+
+
+def test_rows_are_the_transitions_that_were_sampled(steps):
+  for step, heard in steps:
+    rewards = [reward(np.full((1, 1, 1, 1), s / 255), "")[0] for s in of(step)]
+    groups = np.repeat(np.arange(4), SIZE)
+    advantages = dj.group_advantages(np.float32(rewards), groups)
+    trained = []
+    for _, batch, rows, prompts, _ in args_of(heard, "gradients"):
+      sample, position = np.divmod(batch.x[:, 0].astype(int), 100)
+      np.testing.assert_array_equal(batch.x_next, batch.x + 1)
+      np.testing.assert_array_equal(batch.sigma, SIGMAS[position])
+      np.testing.assert_array_equal(batch.sigma_next, SIGMAS[position + 1])
+      np.testing.assert_allclose(
+        batch.old_log_prob, sample + position / 10, rtol=1e-6
+      )
+      index = sample - 20 * step
+      np.testing.assert_allclose(batch.advantage, advantages[index], atol=1e-6)
+      ids = PromptStream(PROMPTS, SEED, 4).indices(step)
+      np.testing.assert_array_equal(
+        prompts.text[rows, 0, 0], ids[index // SIZE]
+      )
+      assert set(batch.weight) <= {0, 1}
+      trained += zip(index[batch.weight > 0], position[batch.weight > 0])
+    assert len(trained) == len(set(trained)) == WORK.samples * WORK.window
+    for sample in range(WORK.samples):
+      first, *rest = sorted(p for s, p in trained if s == sample)
+      assert rest == [first + 1, first + 2]
+
+
+def test_gradients_are_added_in_order_and_published_after_the_last(steps):
+  for step, heard in steps:
+    ends = [
+      args[0] if method == "add" else method
+      for method, args in heard
+      if method in ("add", "update", "outgoing", "receive")
+    ]
+    numbers = [e[1] if isinstance(e, tuple) else e for e in ends]
+    assert numbers == [
+      *range(4),
+      "update",
+      *range(4, 8),
+      "update",
+      "outgoing",
+      "receive",
+    ]
+    assert args_of(heard, "outgoing") == [[step + 1]]
+    assert args_of(heard, "receive") == [[("weights", step + 1)]]
+
+
+def args_of(heard, method):
+  return [args for name, args in heard if name == method]
+
+
+def of(step):
+  return range(20 * step, 20 * step + WORK.samples)
