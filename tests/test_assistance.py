@@ -19,7 +19,7 @@ SLOW = {"1+1", "5+3 gathered"}
 
 def config_of(prompts_file, **switches):
   config = small_config(prompts_file)
-  config.batch.prompts, config.batch.group_size = 6, 4
+  config.batch.prompts, config.batch.group_size = 6, 8
   config.pipeline.update(switches)
   return config
 
@@ -63,7 +63,8 @@ def test_assistance_gives_the_same_gradient(
   rollout, trainer, config.pipeline.tag_layout = SPLITS[name]
   config.mesh.rollout, config.mesh.trainer = rollout, trainer
   gradient, params, row = first_step(config, tmp_path / "run")
-  assert distance(reference[0], gradient) < 1e-6
+  # Rounding: the lanes have unequal shapes, and advantages cancel in the sum.
+  assert distance(reference[0], gradient) < 2e-6
   assert distance(reference[1], params) < 1e-4
   assert row["ratio_max_abs_log"] <= 1e-6
   # Both lanes did both kinds of work, and every unit was done once.
@@ -84,7 +85,7 @@ def test_stale_samples_are_corrected_and_counted(prompts_file, tmp_path):
       assert job._ahead is None  # a checkpoint would lose what is under way
       job.save()
     rows.append(job.train_one_step()[0])
-    versions = job.program.samples.version.reshape(6, 4)
+    versions = job.program.samples.version.reshape(6, 8)
     assert (versions == versions[:, :1]).all()  # a unit is a group here
   job.close()
   assert [row["staleness_max"] for row in rows] == [0, 1, 1, 0]
