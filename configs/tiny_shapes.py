@@ -4,7 +4,7 @@
 
 Measured on 2 cores of an Intel Xeon (jax 0.10.2, 1 + 1 devices, seed 1):
 held-out reward (384 prompts) 0.307 -> 0.444 after 25 steps, 0.577 after 50,
-0.605 after 75, 0.592 after 160. On quiet cores a step takes 3.1 s and the run
+0.605 after 75, 0.592 after 160. On quiet cores a step takes 3.2 s and the run
 10 minutes, installation included. Seed 0, from a checkpoint whose last phase of
 pre-training was 30 steps longer: 0.291 -> 0.554 (50) -> 0.604 (160).
 """
