@@ -111,6 +111,8 @@ def run(
       if "skipped" in result:
         left_out.append(f"{name}, {what}: {result['skipped']}")
         print(f"left out: {left_out[-1]}")
+    if rows:  # after every family: a run may be cut short
+      output.write(workdir, "models", rows, {"left_out": left_out}, where)
     print(f"{name}: done", flush=True)
   if not rows:
     raise UserError(f"nothing was measured: {'; '.join(left_out)}")

@@ -60,7 +60,19 @@ def save(
   details: Mapping[str, Any],
   where: Mapping[str, Any] | None = None,
 ) -> None:
-  """Prints the table; writes `<name>.md` and `<name>.json` to `workdir`.
+  """Prints the table and where it is kept; arguments as for `write`."""
+  print(write(workdir, name, rows, details, where))
+  print(f"written: {Path(workdir) / name}.md and .json")
+
+
+def write(
+  workdir: str | Path,
+  name: str,
+  rows: Sequence[Mapping[str, Any]],
+  details: Mapping[str, Any],
+  where: Mapping[str, Any] | None = None,
+) -> str:
+  """Writes `<name>.md` and `<name>.json` to `workdir`; returns the table.
 
   Args:
     workdir: made if it is missing.
@@ -81,8 +93,7 @@ def save(
   content = {"benchmark": name, **where, "rows": list(rows), **details}
   (workdir / f"{name}.md").write_text(fragment)
   (workdir / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
-  print(table)
-  print(f"written: {workdir / name}.md, {workdir / name}.json")
+  return table
 
 
 def _command(name: str) -> str:
