@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digen_jax.config import Config
-from digen_jax.errors import UserError
+from digen_jax.errors import LaneLost, UserError
 from digen_jax.links import Hardware
 from digen_jax.pipeline.scheduler import Lane
 
@@ -106,13 +106,18 @@ class Remote:
 
   ref: Any
   future: Any
+  lane: str
 
   def ready(self) -> bool:
     """Whether it is there, or has failed."""
     return self.future.done()
 
   def result(self) -> Any:
-    """The result on the host; raises what the actor raised."""
+    """The result on the host; raises what the actor raised.
+
+    Raises:
+      LaneLost: the actor has died.
+    """
     import ray
 
     try:
@@ -120,6 +125,11 @@ class Remote:
     except ray.exceptions.RayTaskError as error:
       cause = error.cause if isinstance(error.cause, Exception) else error
       raise cause from None
+    except ray.exceptions.RayActorError as error:
+      raise LaneLost(
+        f"the process of lane {self.lane!r} has died (out of memory, or killed "
+        "from outside): the same command goes on from the last checkpoint"
+      ) from error
 
 
 class RayLink:
@@ -139,7 +149,7 @@ class RayLink:
     self._actor = server.options(num_cpus=0, num_gpus=gpus).remote(
       dataclasses.asdict(site), pickle.dumps((config, lane))
     )
-    self._ray = ray
+    self._ray, self._lane = ray, lane.name
 
   @functools.cached_property
   def hardware(self) -> Hardware:
@@ -165,7 +175,7 @@ class RayLink:
     self._ray.kill(self._actor)
 
   def _remote(self, ref: Any) -> Remote:
-    return Remote(ref, ref.future())
+    return Remote(ref, ref.future(), self._lane)
 
 
 def _refs(args: Sequence[Any]) -> list[Any]:

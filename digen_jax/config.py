@@ -163,7 +163,11 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Device counts, axis sizes (data, fsdp, tensor), or "auto"."""
+  """Device counts, axis sizes (data, fsdp, tensor), or "auto".
+
+  "auto" is what the other role leaves; for both, the split with which a step is
+  predicted to be shortest, from a unit of each kind measured at start-up.
+  """
 
   rollout: Any = "auto"
   trainer: Any = "auto"

@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""The exceptions that a launch script tells in one line."""
 
 
 class UserError(ValueError):
@@ -6,3 +6,7 @@ class UserError(ValueError):
 
   Launch scripts print it without a traceback and exit with status 2.
   """
+
+
+class LaneLost(RuntimeError):
+  """The process behind a lane has died, and with it what the lane held."""

@@ -38,6 +38,11 @@ class Team:
   generators: tuple[str, ...]
   learners: tuple[str, ...]
 
+  def stop(self) -> None:
+    """Lets the islands go."""
+    for link in self.links.values():
+      link.stop()
+
 
 def make_lanes(pipeline: Pipeline) -> tuple[Lane, ...]:
   """The lanes of a run, and the host threads that score."""

@@ -9,7 +9,7 @@ from typing import Any
 from absl import app, flags, logging
 
 from digen_jax import config as config_lib
-from digen_jax.errors import UserError
+from digen_jax.errors import LaneLost, UserError
 
 EXIT_BAD_INPUT = 2
 
@@ -59,7 +59,7 @@ def run_main(
     main: the program.
     fields: what --config may hold, nested, to tell what a typo meant.
 
-  A `UserError`, a failed unit or a flag that cannot be parsed ends the
+  A `UserError`, a failed unit, a lost lane or a flag that cannot be parsed ends the
   program with one line on standard error and a non-zero status.
   """
   logging.set_verbosity(logging.WARNING)  # Orbax tells every rename
@@ -91,7 +91,7 @@ def _guarded(main: Callable[[], None]) -> None:
 
   try:
     main()
-  except (UserError, UnitError) as error:
+  except (UserError, UnitError, LaneLost) as error:
     _fail(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
 
 

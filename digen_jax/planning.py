@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from digen_jax.atomic import write_text
+from digen_jax.auto_split import techniques_of
 from digen_jax.config import Config
 from digen_jax.device_costs import DEVICES, Device, Job, assumptions
 from digen_jax.errors import UserError
@@ -203,20 +204,6 @@ def _count(role: str, mesh: Any) -> int | None:
   )
 
 
-def techniques_of(config: Config) -> Techniques:
-  """The switches of a config."""
-  pipeline = config.pipeline
-  return Techniques(
-    colocated=pipeline.mode == "colocated",
-    gap=pipeline.gap,
-    tsp=pipeline.tsp,
-    tag=pipeline.tag,
-    rat=pipeline.rat,
-    bts=pipeline.bts,
-    tcss=pipeline.tcss,
-  )
-
-
 # The plan
 
 
@@ -242,7 +229,7 @@ def make_plan(
     assumed: what the table rests on.
   """
   split = configured_split(config, work, devices)
-  techniques = techniques_of(config)
+  techniques = techniques_of(config.pipeline)
   rungs = RUNGS
   if devices == 1:
     techniques = dataclasses.replace(techniques, colocated=True)

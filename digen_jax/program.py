@@ -21,6 +21,7 @@ from digen_jax.grpo.advantages import group_advantages
 from digen_jax.grpo.windows import window_start
 from digen_jax.lanes import Team
 from digen_jax.links import Pending
+from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Handle, Start
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
@@ -29,6 +30,7 @@ from digen_jax.rewards.compose import Composite
 from digen_jax.types import Conditioning, TrainBatch
 
 NOTHING: frozenset[int] = frozenset()
+KINDS = {"generate": Kind.GENERATE, "gradients": Kind.TRAIN}  # by method
 WINDOW_STREAM = 0x57494E44  # noise is keyed by the step itself, far below
 
 
@@ -248,6 +250,19 @@ class Program:
     for lane, args in calls:
       self.links[lane].call("prepare", *args).result()
 
+  def measure(self, step: int) -> list[Measured]:
+    """What the lanes can do, a unit of each kind on each; changes nothing."""
+    units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
+    return [
+      Measured(
+        lane,
+        KINDS[method],
+        units[KINDS[method]].size,
+        self.links[lane].call("measure", method, *args).result(),
+      )
+      for lane, (method, *args) in self._first_calls(step)
+    ]
+
   def calibrate(self, step: int, costs: Costs) -> None:
     """Measures what every lane can do, so that the first step has a plan.
 
@@ -255,9 +270,8 @@ class Program:
     is sooner through with a quarter of a step's samples is kept.
     """
     units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
-    kinds = {"generate": Kind.GENERATE, "gradients": Kind.TRAIN}
     for lane, (method, *args) in self._first_calls(step):
-      link, unit = self.links[lane], units[kinds[method]]
+      link, unit = self.links[lane], units[KINDS[method]]
       seconds = link.call("measure", method, *args).result()
       own = lane == self.team.rollout or method == "gradients"
       if not own and self.config.pipeline.tag_layout != "trainer":

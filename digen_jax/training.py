@@ -1,26 +1,31 @@
 """The training run: assemble, place, resume, loop, report."""
 
+import contextlib
 import dataclasses
+import math
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from digen_jax import assemble, run_files
+from digen_jax import assemble, auto_split, run_files
 from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
+from digen_jax.errors import LaneLost
 from digen_jax.evaluation import Evaluated, evaluate, select
-from digen_jax.lanes import lane_axes, make_team
+from digen_jax.lanes import Team, lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
+from digen_jax.pipeline.planner import stale_pays
 from digen_jax.pipeline.scheduler import State, next_step, start_step
 from digen_jax.pipeline.search import Budget, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
-from digen_jax.pipeline.units import Kind
+from digen_jax.pipeline.units import Kind, Workload
 from digen_jax.program import Program
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
@@ -29,6 +34,7 @@ from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
 SEARCH_SECONDS = 0.02  # of a bubble search; units take longer
+REVIEW_EVERY = 20  # steps; then it is seen anew whether stale units pay
 
 
 class Run:
@@ -50,7 +56,7 @@ class Run:
     check_tracker(config.tracker)
     if config.sampling.num_frames > 1:
       check_video_writer()
-    lane_axes(config)  # enough devices?
+    axes = lane_axes(config)  # enough devices?
     prompts = read_prompts(config.prompts)
     self.reward = compose(parse(config.reward))
     held_out = read_prompts(config.eval.prompts or config.prompts)
@@ -65,26 +71,30 @@ class Run:
     )
     updates = config.steps * config.train.updates_per_batch
     self.schedule = make_schedule(config.train, updates)
-    self.team = make_team(config, assembly)
-    self.lanes, links = self.team.lanes, self.team.links
-    self.hardware = {name: link.hardware for name, link in links.items()}
-    self.rollout = links[self.team.rollout]
-    self.trainer = links[self.team.trainer]
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
     self.negative = assemble.negative_conditioning(assembly, embed)
-    self.program = Program(
-      config,
-      self.work,
-      assembly.recipe,
-      self.team,
-      self.reward,
-      self.stream,
-      conditioning,
-      self.negative,
-    )
     self.held_out_conditioning = embed(self.held_out)
+
+    def program(team: Team, work: Workload) -> Program:
+      return Program(
+        config,
+        work,
+        assembly.recipe,
+        team,
+        self.reward,
+        self.stream,
+        conditioning,
+        self.negative,
+      )
+
+    self.team, self.split = self._place(assembly, axes, program)
+    self.lanes, links = self.team.lanes, self.team.links
+    self.hardware = {name: link.hardware for name, link in links.items()}
+    self.rollout = links[self.team.rollout]
+    self.trainer = links[self.team.trainer]
+    self.program = program(self.team, self.work)
     self.costs = Costs()
     self.executor = Executor(
       self.lanes,
@@ -94,12 +104,41 @@ class Run:
       retries=config.pipeline.retries,
     )
     self._ahead: State | None = None
+    self._failed = False
+    self._stale, self._reviewed = False, -REVIEW_EVERY
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
       config.keep_checkpoints,
     )
     self.step = self._resume()
+
+  def _place(
+    self,
+    assembly: assemble.Assembly,
+    axes: Mapping[str, Mapping[str, int]],
+    program: Callable[[Team, Workload], Program],
+  ) -> tuple[Team, str]:
+    """The lanes on their devices, and how an automatic split was come by."""
+    config = self.config
+    devices = sum(math.prod(sizes.values()) for sizes in axes.values())
+    if not auto_split.wanted(config, devices):
+      return make_team(config, assembly), ""
+    if mesh := auto_split.recorded(self.workdir, devices):
+      config = dataclasses.replace(config, mesh=mesh)
+      return make_team(config, assembly), ""
+    team = make_team(config, assembly)
+    programs = [program(team, self.work)]
+    if (halves := auto_split.smaller(self.work)) != self.work:
+      programs.append(program(team, halves))
+    measured = auto_split.measure(programs, step=0)
+    choice = auto_split.choose(measured, self.work, config.pipeline, devices)
+    if choice.best.split == choice.equal.split:
+      return team, str(choice)
+    team.stop()
+    del programs, team  # their arrays, before others are placed
+    config = dataclasses.replace(config, mesh=choice.mesh)
+    return make_team(config, assembly), str(choice)
 
   def _assist(self) -> Assist:
     """Whether an idle lane should help: searched for, or always."""
@@ -137,7 +176,8 @@ class Run:
     """Compiles for every lane; measures what each costs where that decides."""
     self.program.warm_up(self.step)
     pipeline = self.config.pipeline
-    if pipeline.mode == "disaggregated" and (pipeline.tag or pipeline.rat):
+    plans = pipeline.tag or pipeline.rat or pipeline.tcss
+    if pipeline.mode == "disaggregated" and plans:
       self.program.calibrate(self.step, self.costs)
 
   def evaluate(self) -> Evaluated:
@@ -174,9 +214,11 @@ class Run:
     try:
       spans, state = self.executor.run(state)
     except UnitError:
-      if not self.program.updated:
-        self.save()
-      self.trainer.call("wait").result()
+      self._failed = True
+      with contextlib.suppress(LaneLost):  # then nothing is left to save
+        if not self.program.updated:
+          self.save()
+        self.trainer.call("wait").result()
       raise
     end = time.perf_counter()
     self._ahead = state if state.ahead is not None else None
@@ -188,12 +230,16 @@ class Run:
   def _state(self) -> State:
     """Where the step begins: stale units of it may be under way or done.
 
-    None are started in the step before a checkpoint, which would lose them.
+    None are started in the step before a checkpoint, which would lose them,
+    nor where the measured costs say that they do not pay.
     """
     ends = self.step + 1
     every = self.config.checkpoint_every
     saved = ends == self.config.steps or _due(ends, every)
-    last = self.step if saved else ends
+    if self.work.stale and self._reviewed <= self.step - REVIEW_EVERY:
+      self._stale = stale_pays(self.work, self.lanes, self.costs)
+      self._reviewed = self.step
+    last = self.step if saved or not self._stale else ends
     if self._ahead is not None and self._ahead.step + 1 == self.step:
       return next_step(self._ahead, last=last)
     return start_step(self.work, self.step, last=last)
@@ -245,9 +291,12 @@ class Run:
 
   def close(self) -> None:
     """Waits for the last checkpoint."""
-    self.trainer.call("close").result()
-    for link in self.team.links.values():
-      link.stop()
+    try:
+      self.trainer.call("close").result()
+    except LaneLost:
+      if not self._failed:  # else it has been told
+        raise
+    self.team.stop()
 
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
@@ -289,6 +338,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     if run.step == 0:
       _evaluate(run, files, progress)
       run.save()
+    if run.split:
+      progress.message(run.split)
     if run.step < config.steps:
       progress.message(f"compiling for {run_files.describe(run.hardware)}")
       run.warm_up()

@@ -10,4 +10,5 @@ if [ "${1:-}" = "--slow" ]; then
 fi
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-exec .venv/bin/python -m pytest -m "not slow" "$@"
+exec .venv/bin/python -m pytest -m "not slow" \
+  --numprocesses=logical --maxprocesses=8 --dist=worksteal "$@"

@@ -34,6 +34,7 @@ def small_config(prompts_file):
   config.train.kl_weight, config.train.ema_decay = 0.003, 0.9
   config.train.clip_range = 1e-3
   config.eval.num_prompts, config.eval.num_steps = 2, 4
+  config.mesh.rollout, config.mesh.trainer = 1, 1
   return config
 
 

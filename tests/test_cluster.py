@@ -1,5 +1,7 @@
 """Lanes as Ray actors: shares of the machine, and the same result as here."""
 
+import os
+import signal
 import types
 
 import jax
@@ -10,6 +12,7 @@ from digen_jax import cluster, serving, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.links import Hardware
+from digen_jax.pipeline.execute import UnitError
 from tests.small_run import distance, small_config
 
 
@@ -101,3 +104,24 @@ def test_actors_train_as_meshes_of_one_process_do(prompts_file, tmp_path):
   (here, scored), (there, scored_there) = results["local"], results["ray"]
   assert distance(here, there) < 1e-6
   np.testing.assert_array_equal(scored, scored_there)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("victim", ["rollout", "trainer"])
+def test_a_dead_actor_ends_the_run_in_one_line(victim, prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.pipeline.lanes = "ray"
+  config.steps, config.checkpoint_every = 4, 2
+  run = training.Run(from_config_dict(config), tmp_path)
+  run.warm_up()
+  run.train_one_step()
+  pid = run.team.links[victim].apply(lambda _: os.getpid()).result()
+  os.kill(pid, signal.SIGKILL)
+  with pytest.raises(UnitError, match=f"process of lane '{victim}' has died"):
+    run.train_one_step()
+  run.close()
+  again = training.Run(from_config_dict(config), tmp_path)
+  # The trainer was there to save the state before the step, or was not.
+  assert again.step == (1 if victim == "rollout" else 0)
+  again.close()

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from digen_jax import planning
+from digen_jax.auto_split import techniques_of
 from digen_jax.benchmarks import published
 from digen_jax.config import from_config_dict
 from digen_jax.device_costs import DEVICES, ledger_table
@@ -43,6 +44,7 @@ from digen_jax.pipeline.planner import (
   ladder,
   make_lanes,
   predict,
+  stale_pays,
 )
 from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.simulate import simulate
@@ -295,6 +297,23 @@ def test_the_best_split_is_no_worse_than_the_equal_one(
   assert found.step_seconds <= equal.step_seconds * (1 + 1e-9)
 
 
+@settings(max_examples=40, deadline=None)
+@given(table=tables, work=workloads, split=st.tuples(
+  st.integers(1, 5), st.integers(1, 5)))  # fmt: skip
+def test_stale_units_are_not_started_where_they_do_not_pay(table, work, split):
+  split = Split(*split, work.generate_size, work.train_size, work.window)
+  stale = predict(table, work, split, RUNGS["tcss"]).step_seconds
+  assert stale <= predict(table, work, split, RUNGS["rat"]).step_seconds
+
+
+def test_stale_units_pay_where_a_lane_waits_and_not_where_none_does():
+  both = dataclasses.replace(WORK, pack=WORK.window, stale=4)
+  lanes, places = make_lanes(equal_split(both, 2), RUNGS["tsp"])
+  cost = lane_costs(TABLE, places)
+  assert stale_pays(both, lanes, cost)
+  assert not stale_pays(dataclasses.replace(both, stale=0), lanes, cost)
+
+
 def test_the_best_split_gives_more_devices_to_what_takes_longer():
   slow = dataclasses.replace(ROLE, generate=Rate(0.0, 40.0))
   table = CostTable(slow, slow)
@@ -399,7 +418,7 @@ def test_ledgers_and_figures_of_a_device_come_to_seconds():
 
 def test_a_plan_and_its_files(tmp_path):
   config = small_config(tag=True, rat=True, tcss=0.5)
-  assert planning.techniques_of(config) == RUNGS["tcss"]
+  assert techniques_of(config.pipeline) == RUNGS["tcss"]
   job = planning.job_of(config, "flux-dev")
   device = planning.find_device("H100")
   table = ledger_table(job, device, device, 16)

@@ -27,6 +27,7 @@ from digen_jax.errors import UserError
 from digen_jax.lanes import Team, make_lanes, team_of
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor
+from digen_jax.pipeline.planner import stale_pays
 from digen_jax.pipeline.scheduler import next_step, start_step
 from digen_jax.pipeline.search import Budget, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
@@ -229,7 +230,9 @@ class _Rung:
       self.team.lanes, self.program.starts, self.costs, assist=self.assist()
     )
     last = first + STEPS - 1
-    state = start_step(self.work, first, last=last)
+    stale = stale_pays(self.work, self.team.lanes, self.costs)
+    ahead = last if stale else None
+    state = start_step(self.work, first, last=ahead)
     spans: list[Span] = []
     ends: list[float] = []
     for step in range(first, last + 1):
@@ -238,7 +241,7 @@ class _Rung:
       ends.append(time.perf_counter())
       spans += ran
       if step < last:
-        state = next_step(state, last=last)
+        state = next_step(state, last=ahead)
     names = list(self.team.links)
     counted = STEPS - 2
     accounting = lane_accounting(spans, names, ends[0], ends[-2])
@@ -257,7 +260,10 @@ class _Rung:
     assist: Assist = always
     if any(lane.assists for lane in self.team.lanes):
       assist = Search(self.team.lanes, cost)
-    state = start_step(self.work, 0, last=last)
+    work = self.work
+    if not stale_pays(work, self.team.lanes, cost):
+      work = dataclasses.replace(work, stale=0)
+    state = start_step(work, 0, last=last)
     spans = simulate(state, self.team.lanes, cost, last=last, assist=assist)
     ends = [
       max(s.end for s in spans if s.args["step"] == step)

@@ -31,7 +31,8 @@ def make_meshes(
     mode: "disaggregated" gives disjoint meshes `{"rollout": …, "trainer": …}`;
       "colocated" gives `{"colocated": …}` over the devices of both.
     rollout: device count, axis sizes (`{"data": 2, "tensor": 2}`), or "auto":
-      what the trainer leaves, half of all devices when both are "auto".
+      what the trainer leaves, half of all devices when both are "auto" (where
+      `training.Run` has not chosen a better split by then).
     trainer: likewise. A count means `data` for the rollout and `fsdp` for the
       trainer.
     devices: defaults to all devices.

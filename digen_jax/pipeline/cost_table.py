@@ -162,6 +162,7 @@ def table_from_measured(
   devices: Mapping[str, int],
   *,
   shards: Mapping[str, int] | None = None,
+  roles: Mapping[str, str] | None = None,
   source: str = "",
 ) -> CostTable:
   """The table that units which ran agree with best.
@@ -175,9 +176,10 @@ def table_from_measured(
     measured: units of one run, in any order. Those that compiled should be
       left out; a few do no harm, as medians count.
     devices: how many each lane has. Lanes without an entry are host threads.
-      A lane that updates is the trainer, or colocated where no other one
-      generates; all others are rollout lanes.
     shards: devices that work on a row together, by lane; 1 by default.
+    roles: of the lanes that have devices. By default the lane that updates is
+      the trainer, or colocated where no other one generates, and all others
+      are rollout lanes.
     source: see `CostTable`.
 
   Raises:
@@ -186,7 +188,7 @@ def table_from_measured(
   shards = shards or {}
   points: dict[tuple[str, Kind], dict[float, list[float]]] = {}
   found = list(measured)
-  roles = _roles(found, devices)
+  roles = roles or _roles(found, devices)
   degrees: dict[str, int] = {}
   for unit in found:
     role, degree = roles.get(unit.lane, "host"), shards.get(unit.lane, 1)

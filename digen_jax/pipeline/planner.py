@@ -186,8 +186,9 @@ def predict(
   lanes, places = make_lanes(split, techniques)
   cost = lane_costs(table, places)
   runs = [
-    _steady(work, lanes, cost, assist)
-    for assist in _assists(work, lanes, cost, techniques)
+    _steady(trial, lanes, cost, assist)
+    for trial in _stale_or_not(work)
+    for assist in _assists(trial, lanes, cost, techniques)
   ]
   run = min(runs, key=lambda run: run.step_seconds)
   wall = _end(run.spans)
@@ -260,6 +261,7 @@ def best_split(
   *,
   rollout: int = 0,
   most_lanes: int = 1,
+  resize: bool = True,
   also: Sequence[Split] = (),
 ) -> Split:
   """The split and unit sizes with which a step is predicted to be shortest.
@@ -276,6 +278,7 @@ def best_split(
     rollout: devices that generate, where that is decided (two kinds of
       device); 0 lets the search choose.
     most_lanes: rollout lanes that the devices may be divided among.
+    resize: whether units may have other sizes than `work` gives them.
     also: splits to look at in any case.
 
   Raises:
@@ -287,7 +290,9 @@ def best_split(
     share = min(shares, key=lambda share: abs(share - devices // 2))
     start = dataclasses.replace(start, rollout=share, trainer=devices - share)
   start = _fitting_start(table, work, start, techniques)
-  options = _candidates(table, work, start, techniques, rollout, most_lanes)
+  cuts = _cuts(work, start) if resize else [start]
+  shares = [start.rollout] if rollout or techniques.colocated else shares
+  options = _candidates(table, cuts, shares, work, techniques, most_lanes)
   reach = {s: _reach(table, work, s, techniques) for s in options}
   found = {start: _quick(table, work, start, techniques)}
   units = TRIAL_UNITS
@@ -400,9 +405,39 @@ def _quick(
   cost = lane_costs(table, places)
   helps = techniques.bts and (techniques.tag or techniques.rat)
   return min(
-    _steady(work, lanes, cost, assist).step_seconds
+    _steady(trial, lanes, cost, assist).step_seconds
+    for trial in _stale_or_not(work)
     for assist in ((always, _never) if helps else (always,))
   )
+
+
+def _stale_or_not(work: Workload) -> list[Workload]:
+  """Stale units are not started where they do not pay; see `stale_pays`."""
+  off = [dataclasses.replace(work, stale=0)] if work.stale else []
+  return [work, *off]
+
+
+def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
+  """Whether steps that overlap (TCSS) are shorter in the long run.
+
+  A lane that has begun a stale unit is not there to help with the step.
+
+  Args:
+    work: what a step consists of.
+    lanes: who executes.
+    cost: seconds of a unit on a lane.
+  """
+  if not work.stale:
+    return False
+  helps = any(lane.assists for lane in lanes)
+  with_stale, without = (
+    min(
+      _steady(trial, lanes, cost, assist).step_seconds
+      for assist in ((always, _never) if helps else (always,))
+    )
+    for trial in _stale_or_not(work)
+  )
+  return with_stale < without
 
 
 @dataclasses.dataclass(frozen=True)
@@ -444,35 +479,39 @@ def _end(spans: Sequence[Span]) -> float:
 
 def _candidates(
   table: CostTable,
+  cuts: Sequence[Split],
+  shares: Sequence[int],
   work: Workload,
-  start: Split,
   techniques: Techniques,
-  rollout: int,
   most_lanes: int,
 ) -> Iterator[Split]:
-  """Splits and unit sizes worth a thought."""
-  sizes = legal_sizes(work.group_size, work.groups)
-  train_sizes = legal_sizes(work.group_size, work.groups // work.updates)
-  fixed = rollout or techniques.colocated
-  shares = [start.rollout] if fixed else _shares(table, start.devices)
+  """Splits worth a thought: units cut as in `cuts`, on all shares and lanes."""
   divided = [1]
   while most_lanes >= 2 * divided[-1] and not techniques.colocated:
     divided.append(2 * divided[-1])
-  for share, lanes, generate_size, train_size in itertools.product(
-    shares, divided, sizes, train_sizes
-  ):
-    split = Split(
+  for share, lanes, cut_as in itertools.product(shares, divided, cuts):
+    split = dataclasses.replace(
+      cut_as,
       rollout=share,
-      trainer=start.devices - share,
-      generate_size=generate_size,
-      train_size=train_size,
-      pack=work.window,
+      trainer=cut_as.devices - share,
       rollout_lanes=lanes,
     )
     if techniques.colocated or share % (lanes * table.rollout.shards) == 0:
       split = _fitting(table, split, techniques)
       if split and _count(work, split, techniques) <= MOST_UNITS:
         yield split
+
+
+def _cuts(work: Workload, start: Split) -> list[Split]:
+  """`start` with every legal size of units, and packs of all trained steps."""
+  train_sizes = legal_sizes(work.group_size, work.groups // work.updates)
+  return [
+    dataclasses.replace(
+      start, generate_size=generate, train_size=train, pack=work.window
+    )
+    for generate in legal_sizes(work.group_size, work.groups)
+    for train in train_sizes
+  ]
 
 
 def _shares(table: CostTable, devices: int) -> list[int]:

@@ -1,0 +1,137 @@
+"""`mesh="auto"`: how many devices generate and how many train, by measured cost.
+
+A run begins on equal halves. There a unit of each kind is measured in two
+sizes; the planner predicts the step of every split from that, and the run is
+placed anew where another one is faster. What was chosen is read back from the
+run's directory when it is resumed.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from digen_jax.config import Config, Mesh, Pipeline
+from digen_jax.pipeline.cost_table import Measured, table_from_measured
+from digen_jax.pipeline.planner import (
+  Prediction,
+  Techniques,
+  best_split,
+  equal_split,
+  legal_sizes,
+  predict,
+)
+from digen_jax.pipeline.units import Workload
+from digen_jax.program import Program
+
+WORTH = 0.02  # part of a step that another split must save: costs are noisy
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+  """The split that was chosen, and the equal one."""
+
+  best: Prediction
+  equal: Prediction
+
+  @property
+  def mesh(self) -> Mesh:
+    """As a config has it."""
+    return Mesh(self.best.split.rollout, self.best.split.trainer)
+
+  def __str__(self) -> str:
+    best, equal = (
+      f"{p.split.rollout} + {p.split.trainer} devices ({p.step_seconds:.2f} s)"
+      for p in (self.best, self.equal)
+    )
+    if self.best.split == self.equal.split:
+      return f"auto split: {best} is predicted to be the best"
+    return f"auto split: {best} is predicted to be better than {equal}"
+
+
+def wanted(config: Config, devices: int) -> bool:
+  """Whether there is anything to choose."""
+  mesh = config.mesh
+  auto = mesh.rollout == mesh.trainer == "auto"
+  return auto and config.pipeline.mode == "disaggregated" and devices > 2
+
+
+def recorded(workdir: Path, devices: int) -> Mesh | None:
+  """What a run in this directory chose; None if there were other devices."""
+  file = workdir / "config.json"
+  if not file.exists():
+    return None
+  meshes = json.loads(file.read_text("utf-8")).get("meshes", {})
+  sizes = {name: math.prod(axes.values()) for name, axes in meshes.items()}
+  if set(sizes) != {"rollout", "trainer"} or sum(sizes.values()) != devices:
+    return None
+  return Mesh(sizes["rollout"], sizes["trainer"])
+
+
+def measure(programs: Sequence[Program], step: int) -> list[Measured]:
+  """A unit of each kind on each lane that can do it, in several sizes.
+
+  Args:
+    programs: over the same lanes, with units of different sizes.
+    step: the one that comes next.
+  """
+  return [unit for program in programs for unit in program.measure(step)]
+
+
+def smaller(work: Workload) -> Workload:
+  """The workload in units of half the size, or less where half is not legal."""
+
+  def below(size: int, groups: int) -> int:
+    sizes = legal_sizes(work.group_size, groups)
+    return max((n for n in sizes if 2 * n <= size), default=size)
+
+  return dataclasses.replace(
+    work,
+    generate_size=below(work.generate_size or work.group_size, work.groups),
+    train_size=below(
+      work.train_size or work.group_size, work.groups // work.updates
+    ),
+  )
+
+
+def choose(
+  measured: Sequence[Measured],
+  work: Workload,
+  pipeline: Pipeline,
+  devices: int,
+) -> Choice:
+  """The split with which a step is predicted to be shortest.
+
+  Args:
+    measured: on lanes that share the devices equally.
+    work: what a step consists of; units keep their sizes.
+    pipeline: the techniques.
+    devices: how many there are.
+  """
+  equal = equal_split(work, devices)
+  table = table_from_measured(
+    measured,
+    {"rollout": equal.rollout, "trainer": equal.trainer},
+    roles={"rollout": "rollout", "trainer": "trainer"},
+  )
+  techniques = techniques_of(pipeline)
+  best = best_split(table, work, devices, techniques, resize=False)
+  before = predict(table, work, equal, techniques)
+  after = predict(table, work, best, techniques)
+  if after.step_seconds > (1 - WORTH) * before.step_seconds:
+    after = before
+  return Choice(after, before)
+
+
+def techniques_of(pipeline: Pipeline) -> Techniques:
+  """The switches of a config, as the planner takes them."""
+  return Techniques(
+    colocated=pipeline.mode == "colocated",
+    gap=pipeline.gap,
+    tsp=pipeline.tsp,
+    tag=pipeline.tag,
+    rat=pipeline.rat,
+    bts=pipeline.bts,
+    tcss=pipeline.tcss,
+  )
