@@ -13,7 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from digen_jax.config import Config, Mesh, Pipeline
-from digen_jax.pipeline.cost_table import Measured, table_from_measured
+from digen_jax.pipeline.cost_table import (
+  CostTable,
+  Measured,
+  table_from_measured,
+)
 from digen_jax.pipeline.planner import (
   Prediction,
   Techniques,
@@ -103,6 +107,9 @@ def choose(
 ) -> Choice:
   """The split with which a step is predicted to be shortest.
 
+  Optimiser and publish are not measured before a run has trained: they count
+  as nothing.
+
   Args:
     measured: on lanes that share the devices equally.
     work: what a step consists of; units keep their sizes.
@@ -115,7 +122,14 @@ def choose(
     {"rollout": equal.rollout, "trainer": equal.trainer},
     roles={"rollout": "rollout", "trainer": "trainer"},
   )
-  techniques = techniques_of(pipeline)
+  return compare(table, work, pipeline, devices)
+
+
+def compare(
+  table: CostTable, work: Workload, pipeline: Pipeline, devices: int
+) -> Choice:
+  """As `choose`, from a table of costs."""
+  equal, techniques = equal_split(work, devices), techniques_of(pipeline)
   best = best_split(table, work, devices, techniques, resize=False)
   before = predict(table, work, equal, techniques)
   after = predict(table, work, best, techniques)

@@ -133,8 +133,9 @@ class Pipeline:
     bts: bubble-triggered search for how much an idle lane takes; off, it takes
       what there is.
     tcss: stale fraction: up to this part of a step's Generate units may start
-      with the version before, while that is trained on; 0 is off. What a run
-      learns then depends on timing.
+      with the version before, while that is trained on; 0 is off. None do in
+      the step before a checkpoint, and as long as the measured costs say that
+      it would not pay. What a run learns then depends on timing.
     tag_layout: in which layout a trainer generates: "trainer" (parameters are
       gathered in every unit), "rollout" (resharded for a block of units), or
       "auto", by measured cost.
@@ -143,7 +144,8 @@ class Pipeline:
     retries: how often in a step a unit that failed is run again.
     generate_size: samples per Generate unit; 0 means one group.
     train_size: samples per Train unit; 0 means one group.
-    timesteps_per_pack: trained steps per pack under TSP; 0 means all.
+    timesteps_per_pack: trained steps per pack under TSP; 0 means all, or on
+      accelerators as many as fit into memory.
   """
 
   mode: str = "disaggregated"

@@ -274,6 +274,7 @@ class Island:
       gradient = self._gradients.pop(gradient)
     else:
       gradient = reshard(gradient, self._trainer_layout)
+      gradient = own(gradient) if self.total is None else gradient
     if self.total is not None:
       gradient = self._run("add", self.total, gradient)
     self.total = gradient
@@ -369,17 +370,19 @@ class Island:
       self._compiled[key] = lowered.compile()
 
   def _key(self, name: str, args: tuple) -> tuple:
-    """Which compiled form: packs of several sizes, blocks in either layout."""
-    if name == "gradients":
-      batch = args[3]
-      return name, batch.weight.shape
-    return name, name == "generate" and self._block is not None
+    """Which compiled form: units of several sizes, blocks in either layout."""
+    if name not in ("generate", "gradients"):
+      return (name,)
+    shapes = tuple(leaf.shape for leaf in jax.tree.leaves(args[3:]))
+    return name, shapes, name == "generate" and self._block is not None
 
   def _define(self) -> dict[str, Callable]:
     recipe = self.recipe
+    # Closures over the island itself would keep its arrays alive with them.
+    layout_of = functools.partial(_layout, self.mesh, self._axes)
 
     def gather(tree: Any) -> Any:
-      layout = self._layout(tree, rules.ROLLOUT)
+      layout = layout_of(tree, rules.ROLLOUT)
       return jax.lax.with_sharding_constraint(tree, layout)
 
     layout = self._trainer_layout if self.trains else self._rollout_layout
@@ -422,8 +425,7 @@ class Island:
 
   def _layout(self, tree: Any, table: rules.Rules) -> Any:
     """Shardings of any part of the parameters."""
-    axes = _like(tree, self._axes)
-    return rules.param_shardings(self.mesh, axes, tree, table)
+    return _layout(self.mesh, self._axes, tree, table)
 
   def _put(self, *trees: Any) -> Any:
     """On every device of the lane."""
@@ -439,6 +441,10 @@ class Island:
         f"lane {self.lane.name!r} was asked for policy version {wanted} and "
         f"holds {held}"
       )
+
+
+def _layout(mesh: Mesh, axes: Any, tree: Any, table: rules.Rules) -> Any:
+  return rules.param_shardings(mesh, _like(tree, axes), tree, table)
 
 
 def _like(tree: Any, whole: Any) -> Any:

@@ -92,7 +92,8 @@ def _guarded(main: Callable[[], None]) -> None:
   try:
     main()
   except (UserError, UnitError, LaneLost) as error:
-    _fail(str(error), EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+    said = " ".join([str(error), *getattr(error, "__notes__", ())])
+    _fail(said, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
 
 
 def _parse(

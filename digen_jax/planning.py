@@ -8,8 +8,8 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from digen_jax import auto_split
 from digen_jax.atomic import write_text
-from digen_jax.auto_split import techniques_of
 from digen_jax.config import Config
 from digen_jax.device_costs import DEVICES, Device, Job, assumptions
 from digen_jax.errors import UserError
@@ -229,7 +229,10 @@ def make_plan(
     assumed: what the table rests on.
   """
   split = configured_split(config, work, devices)
-  techniques = techniques_of(config.pipeline)
+  if auto_split.wanted(config, devices):
+    choice = auto_split.compare(table, work, config.pipeline, devices)
+    split = choice.best.split
+  techniques = auto_split.techniques_of(config.pipeline)
   rungs = RUNGS
   if devices == 1:
     techniques = dataclasses.replace(techniques, colocated=True)

@@ -250,8 +250,15 @@ class Program:
     for lane, args in calls:
       self.links[lane].call("prepare", *args).result()
 
-  def measure(self, step: int) -> list[Measured]:
-    """What the lanes can do, a unit of each kind on each; changes nothing."""
+  def measure(
+    self, step: int, what: Sequence[tuple[str, Kind]] = ()
+  ) -> list[Measured]:
+    """Runs a unit of each kind on each lane that can; changes nothing.
+
+    Args:
+      step: the one that comes next.
+      what: lanes and kinds, if not all.
+    """
     units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
     return [
       Measured(
@@ -261,7 +268,18 @@ class Program:
         self.links[lane].call("measure", method, *args).result(),
       )
       for lane, (method, *args) in self._first_calls(step)
+      if not what or (lane, KINDS[method]) in what
     ]
+
+  def fits(self, step: int) -> bool:
+    """Whether a Train unit fits into the memory of every lane that trains."""
+    try:
+      self.measure(step, [(lane, Kind.TRAIN) for lane in self.team.learners])
+    except Exception as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return False
+    return True
 
   def calibrate(self, step: int, costs: Costs) -> None:
     """Measures what every lane can do, so that the first step has a plan.
@@ -432,6 +450,13 @@ class Program:
   def update(self, lane: str, unit: Unit) -> Handle:
     """Optimiser update with the accumulated gradient."""
     self._fold()  # dead groups at the end of the update are passed over here
+    missing = [
+      u for u in list(self._order)[self._summed :] if u.update <= unit.update
+    ]
+    if missing:
+      raise RuntimeError(
+        f"the gradient of samples {missing[0].start}:{missing[0].stop} is missing"
+      )
     self.updated = True
     metrics = self.links[lane].call("update")
 

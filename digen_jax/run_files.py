@@ -27,6 +27,7 @@ FIXED = (
   "train.lora_alpha",
   "train.lora_targets",
   "train.ema_decay",
+  "train.updates_per_batch",
 )
 
 

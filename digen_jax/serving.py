@@ -28,6 +28,8 @@ ANSWERS = frozenset(
     "update",
   }
 )
+# Methods that nobody waits for.
+UNHEARD = frozenset({"add", "switch"})
 
 
 def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":
@@ -44,8 +46,8 @@ def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":
 class Served:
   """Calls an island's methods and brings the results to the host.
 
-  A call that has failed nobody may have waited for, so every later one fails
-  with the same error.
+  Nobody may have waited for a call without an answer. If one has failed, the
+  next that has an answer fails with its error.
   """
 
   def __init__(self, island: Island):
@@ -55,14 +57,16 @@ class Served:
 
   def call(self, method: str, *args: Any) -> Any:
     """Result of a method, as NumPy arrays."""
-    if self._failure is not None:
+    answers = method in ANSWERS
+    if answers and self._failure is not None:
       raise self._failure
     try:
       result = getattr(self.island, method)(*args)
-      if method in ANSWERS:
+      if answers:
         return jax.device_get(result)
       jax.block_until_ready(result)
       return None
     except Exception as failure:
-      self._failure = failure
+      if method in UNHEARD:
+        self._failure = failure
       raise

@@ -34,6 +34,9 @@ from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
 SEARCH_SECONDS = 0.02  # of a bubble search; units take longer
+SAVED = (
+  "(the state before the step has been saved: the same command goes on from it)"
+)
 REVIEW_EVERY = 20  # steps; then it is seen anew whether stale units pay
 
 
@@ -70,12 +73,15 @@ class Run:
       tuple(prompts), config.seed, config.batch.prompts
     )
     updates = config.steps * config.train.updates_per_batch
-    self.schedule = make_schedule(config.train, updates)
+    # On the host: asking a device would wait for the units it has queued.
+    schedule = make_schedule(config.train, updates)
+    self.learning_rates = [float(schedule(i)) for i in range(updates)]
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
     self.negative = assemble.negative_conditioning(assembly, embed)
     self.held_out_conditioning = embed(self.held_out)
+    del embed  # the text encoders, before units are measured
 
     def program(team: Team, work: Workload) -> Program:
       return Program(
@@ -94,6 +100,7 @@ class Run:
     self.hardware = {name: link.hardware for name, link in links.items()}
     self.rollout = links[self.team.rollout]
     self.trainer = links[self.team.trainer]
+    self.work = self._fitting(program)
     self.program = program(self.team, self.work)
     self.costs = Costs()
     self.executor = Executor(
@@ -105,7 +112,7 @@ class Run:
     )
     self._ahead: State | None = None
     self._failed = False
-    self._stale, self._reviewed = False, -REVIEW_EVERY
+    self._stale, self._reviewed = True, -REVIEW_EVERY
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
@@ -139,6 +146,19 @@ class Run:
     del programs, team  # their arrays, before others are placed
     config = dataclasses.replace(config, mesh=choice.mesh)
     return make_team(config, assembly), str(choice)
+
+  def _fitting(self, program: Callable[[Team, Workload], Program]) -> Workload:
+    """The work in packs of as many trained steps as fit into memory."""
+    pipeline, pack = self.config.pipeline, self.work.pack
+    limited = any(lane.device_kind != "cpu" for lane in self.hardware.values())
+    if pipeline.tsp and not pipeline.timesteps_per_pack and limited:
+      packs = [n for n in range(pack, 1, -1) if self.work.window % n == 0]
+      for pack in packs:
+        work = dataclasses.replace(self.work, pack=pack)
+        if program(self.team, work).fits(step=0):
+          return work
+      return dataclasses.replace(self.work, pack=1)
+    return self.work
 
   def _assist(self) -> Assist:
     """Whether an idle lane should help: searched for, or always."""
@@ -207,17 +227,19 @@ class Run:
       UnitError: a unit failed; the state before the step has been saved where
         it still exists.
     """
+    start = time.perf_counter()
     self.program.begin_step(self.step)
     state = self._state()
     predicted = self._predict(state)
-    start = time.perf_counter()
     try:
       spans, state = self.executor.run(state)
-    except UnitError:
+    except UnitError as error:
       self._failed = True
       with contextlib.suppress(LaneLost):  # then nothing is left to save
         if not self.program.updated:
           self.save()
+          self.trainer.call("wait").result()
+          error.add_note(SAVED)
         self.trainer.call("wait").result()
       raise
     end = time.perf_counter()
@@ -236,7 +258,7 @@ class Run:
     ends = self.step + 1
     every = self.config.checkpoint_every
     saved = ends == self.config.steps or _due(ends, every)
-    if self.work.stale and self._reviewed <= self.step - REVIEW_EVERY:
+    if self.work.stale and self._due_for_review():
       self._stale = stale_pays(self.work, self.lanes, self.costs)
       self._reviewed = self.step
     last = self.step if saved or not self._stale else ends
@@ -244,14 +266,22 @@ class Run:
       return next_step(self._ahead, last=last)
     return start_step(self.work, self.step, last=last)
 
-  def _predict(self, state: State) -> float | None:
-    """Seconds the step should take; None before anything was measured."""
+  def _due_for_review(self) -> bool:
+    """Whether to look again at what the measured costs say of TCSS."""
+    return self._measured() and self.step >= self._reviewed + REVIEW_EVERY
+
+  def _measured(self) -> bool:
+    """Whether every lane has done all its own work."""
     pairs = [
       (kind, lane.name)
       for lane in self.lanes
       for kind in sorted(lane.kinds - {Kind.SWITCH})
     ]
-    if not self.costs.known(pairs):
+    return self.costs.known(pairs)
+
+  def _predict(self, state: State) -> float | None:
+    """Seconds the step should take; None before anything was measured."""
+    if not self._measured():
       return None
     spans = simulate(state, self.lanes, self.costs, assist=self._assist())
     return max(span.end for span in spans)
@@ -277,7 +307,7 @@ class Run:
       "policy_version": self.step,
       **self.program.metrics(),
       **{f"reward_{n}_mean": v.mean() for n, v in samples.parts.items()},
-      "learning_rate": float(self.schedule(update)),
+      "learning_rate": self.learning_rates[update],
       "samples": work.samples,
       "step_seconds": seconds,
       "samples_per_second": work.samples / seconds,
@@ -296,7 +326,8 @@ class Run:
     except LaneLost:
       if not self._failed:  # else it has been told
         raise
-    self.team.stop()
+    finally:
+      self.team.stop()
 
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
@@ -355,8 +386,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         run.save()
   finally:
     progress.close()
-    run.close()
     files.close()
+    run.close()
   write_report(run.workdir)
   return files.summary()
 

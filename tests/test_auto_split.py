@@ -1,22 +1,25 @@
 """`mesh="auto"`: measured costs decide, and a resumed run keeps its split."""
 
 import json
+import types
 
 import pytest
 
 from digen_jax import auto_split, training
-from digen_jax.config import Mesh, Pipeline, from_config_dict
+from digen_jax.config import Config, Mesh, Pipeline, from_config_dict
+from digen_jax.links import Hardware
 from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.units import Kind, Workload
+from digen_jax.program import Program
 from tests.small_run import small_config
 
-WORK = Workload(groups=16, group_size=8, window=2, pack=2)
+WORK = Workload(groups=16, group_size=24, window=2, pack=2)
 
 
-def measured(generate, train, work=WORK, halves=4):
+def measured(generate, train, work=WORK):
   """Units on four devices each; seconds of a whole group."""
   found = []
-  for size in (work.generate_size or work.group_size, halves):
+  for size in (work.group_size, work.group_size // 2):
     seconds = size / work.group_size
     rows = size * work.pack
     found += [
@@ -43,7 +46,7 @@ def test_the_role_with_more_work_gets_more_devices(generate, train, rollout):
 def test_units_keep_their_sizes():
   choice = auto_split.choose(measured(3, 1), WORK, Pipeline(), 8)
   sizes = choice.best.split.generate_size, choice.best.split.train_size
-  assert sizes == (8, 8)
+  assert sizes == (24, 24)
 
 
 def test_a_gain_within_the_noise_moves_nothing():
@@ -52,7 +55,7 @@ def test_a_gain_within_the_noise_moves_nothing():
 
 
 def test_smaller_units_are_legal():
-  assert auto_split.smaller(WORK).generate_size == 4
+  assert auto_split.smaller(WORK).generate_size == 12
   work = Workload(groups=6, group_size=4, window=1, generate_size=12)
   assert auto_split.smaller(work).generate_size == 4  # 6 is no whole group
 
@@ -72,33 +75,45 @@ def test_there_must_be_something_to_choose(mode, prompts_file):
   assert not auto_split.wanted(config, 2)
 
 
+def test_units_are_measured_in_two_sizes(prompts_file, tmp_path):
+  run = training.Run(from_config_dict(small_config(prompts_file)), tmp_path)
+  whole = run.program
+  halves = Program(
+    run.config,
+    auto_split.smaller(run.work),
+    whole.recipe,
+    run.team,
+    run.reward,
+    run.stream,
+    whole.conditioning,
+    run.negative,
+  )
+  found = auto_split.measure([whole, halves], step=0)
+  assert {(m.lane, m.kind, m.size) for m in found} == {
+    ("rollout", Kind.GENERATE, 8),
+    ("rollout", Kind.GENERATE, 4),
+    ("trainer", Kind.TRAIN, 16),
+    ("trainer", Kind.TRAIN, 8),
+  }
+  assert all(m.seconds > 0 for m in found)
+  run.close()
+
+
 def test_a_run_is_placed_by_measured_costs_and_resumed_alike(
   prompts_file, tmp_path, monkeypatch
 ):
   config = auto_config(prompts_file)
   config.steps = 1
   config.eval.num_prompts = 1
-  seen = []
-
-  def skewed(programs, step):
-    seen.extend(measure(programs, step))
-    return measured(3, 1, programs[0].work)
-
-  measure = auto_split.measure
-  monkeypatch.setattr(auto_split, "measure", skewed)
+  monkeypatch.setattr(
+    auto_split,
+    "measure",
+    lambda programs, step: measured(1, 3, programs[0].work),
+  )
   training.train(from_config_dict(config), tmp_path)
   meshes = json.loads((tmp_path / "config.json").read_text())["meshes"]
   sizes = {name: max(axes.values()) for name, axes in meshes.items()}
-  assert sizes["rollout"] > 4
-  assert sizes["rollout"] + sizes["trainer"] == 8
-  # What was really measured: each role's own work, in two sizes.
-  assert {(m.lane, m.kind, m.size) for m in seen} == {
-    ("rollout", Kind.GENERATE, 8),
-    ("rollout", Kind.GENERATE, 4),
-    ("trainer", Kind.TRAIN, 16),
-    ("trainer", Kind.TRAIN, 8),
-  }
-  assert all(m.seconds > 0 for m in seen)
+  assert sizes == {"rollout": 2, "trainer": 6}
 
   def never(programs, step):
     raise AssertionError("measured again")
@@ -109,3 +124,28 @@ def test_a_run_is_placed_by_measured_costs_and_resumed_alike(
   assert run.step == 1
   assert {n: h.size for n, h in run.hardware.items()} == sizes
   run.close()
+
+
+@pytest.mark.parametrize(("room", "pack"), [(6, 6), (4, 3), (1, 1), (0, 1)])
+def test_packs_are_as_large_as_memory_allows(room, pack):
+  work = Workload(groups=2, group_size=2, window=6, pack=6)
+
+  class Trial(Program):
+    def __init__(self, team, work):
+      self.team, self.work = team, work
+
+    def measure(self, step, what=()):
+      assert what == [("trainer", Kind.TRAIN)]
+      if self.work.pack > room:
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory on GPU_0")
+      return []
+
+  run = types.SimpleNamespace(
+    config=Config(),
+    work=work,
+    team=types.SimpleNamespace(learners=("trainer",)),
+    hardware={"trainer": Hardware({"fsdp": 1}, 1, 1, "NVIDIA H100")},
+  )
+  assert training.Run._fitting(run, Trial).pack == pack
+  run.config = from_config_dict({"pipeline": {"timesteps_per_pack": 2}})
+  assert training.Run._fitting(run, Trial) is work

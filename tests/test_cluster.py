@@ -58,11 +58,17 @@ class FakeIsland:
   def add(self, gradient):
     raise ValueError(f"no room for {gradient}")
 
+  def generate(self):
+    raise ZeroDivisionError
+
+  def save(self):
+    pass
+
   def switch(self, resharded):
     return jax.numpy.ones(3)  # whole weights, in earnest
 
 
-def test_a_failed_call_fails_all_later_ones(monkeypatch):
+def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
   hardware = Hardware({"data": 1}, 1, 1, "cpu")
   monkeypatch.setattr(Hardware, "of", classmethod(lambda *_: hardware))
   served = serving.Served(FakeIsland())
@@ -73,6 +79,10 @@ def test_a_failed_call_fails_all_later_ones(monkeypatch):
     served.call("add", 3)  # nobody waits for it ...
   with pytest.raises(ValueError, match="no room for 3"):
     served.call("update")  # ... so this one tells
+  served = serving.Served(FakeIsland())
+  with pytest.raises(ZeroDivisionError):
+    served.call("generate")
+  assert served.call("save") is None  # and the state can be saved after it
 
 
 @pytest.mark.slow

@@ -4,11 +4,12 @@ import dataclasses
 
 import pytest
 
+from digen_jax.errors import LaneLost
 from digen_jax.pipeline.costs import WINDOW, Costs
 from digen_jax.pipeline.execute import Executor, UnitError
 from digen_jax.pipeline.scheduler import Lane, next_step, start_step
 from digen_jax.pipeline.simulate import simulate
-from digen_jax.pipeline.units import Kind, Unit, Workload
+from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from digen_jax.timeline import lane_accounting
 
 LANES = (
@@ -139,16 +140,67 @@ def test_a_failed_unit_is_run_again_where_the_config_allows(monkeypatch):
     executor(0).run(start_step(WORK, 0))
 
 
+def assisting():
+  rollout, trainer, host = LANES
+  return (
+    dataclasses.replace(rollout, assists=frozenset({Kind.TRAIN})),
+    dataclasses.replace(trainer, assists=frozenset({Kind.GENERATE})),
+    host,
+  )
+
+
+def test_a_failed_switch_is_tried_again_and_a_lost_lane_is_not(monkeypatch):
+  clock, switches = Clock(), []
+  monkeypatch.setattr(
+    "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
+  )
+
+  def begin(lane, unit):
+    error = None
+    if unit.kind == Kind.SWITCH:
+      switches.append(unit)
+      error = errors.pop() if errors else None
+    return Job(clock, clock.now + COST.get(unit.kind, 1), error)
+
+  def run():
+    start = dict.fromkeys(Kind, begin)
+    executor = Executor(assisting(), start, Costs(), retries=1, clock=clock)
+    return executor.run(start_step(WORK, 0))[0]
+
+  errors = [ValueError("no room")]
+  spans = run()
+  assert len(spans) == len(step_units(WORK, 0)) + len(switches) - 1
+  errors = [LaneLost("killed")]
+  with pytest.raises(UnitError, match="killed"):
+    run()
+
+
+def test_what_outlives_a_step_is_not_timed(monkeypatch):
+  clock, costs = Clock(), Costs()
+  monkeypatch.setattr(
+    "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
+  )
+
+  def begin(lane, unit):
+    return Job(clock, clock.now + COST[unit.kind])
+
+  work = dataclasses.replace(WORK, stale=5)
+  run = Executor(LANES, dict.fromkeys(Kind, begin), costs, clock=clock).run
+  _, state = run(start_step(work, 0, last=1))
+  assert state.running
+  clock.now += 1000  # an evaluation
+  run(next_step(state, last=1))
+  generate = Unit(Kind.GENERATE, 0, 0, 2)
+  times = costs._seen[Kind.GENERATE, "rollout"][generate.size]
+  assert set(times) == {COST[Kind.GENERATE]}
+
+
 def test_switches_and_stale_units_run_as_simulated(monkeypatch):
   clock = Clock()
   monkeypatch.setattr(
     "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
   )
-  lanes = (
-    dataclasses.replace(LANES[0], assists=frozenset({Kind.TRAIN})),
-    dataclasses.replace(LANES[1], assists=frozenset({Kind.GENERATE})),
-    LANES[2],
-  )
+  lanes = assisting()
   work = dataclasses.replace(WORK, stale=2)
   seconds = {  # no two things end at once: order among those is free
     Kind.GENERATE: 503,

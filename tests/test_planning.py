@@ -307,8 +307,9 @@ def test_stale_units_are_not_started_where_they_do_not_pay(table, work, split):
 
 
 def test_stale_units_pay_where_a_lane_waits_and_not_where_none_does():
-  both = dataclasses.replace(WORK, pack=WORK.window, stale=4)
-  lanes, places = make_lanes(equal_split(both, 2), RUNGS["tsp"])
+  split, techniques = equal_split(WORK, 2), RUNGS["tsp"]
+  both = dataclasses.replace(cut(WORK, split, techniques), stale=4)
+  lanes, places = make_lanes(split, techniques)
   cost = lane_costs(TABLE, places)
   assert stale_pays(both, lanes, cost)
   assert not stale_pays(dataclasses.replace(both, stale=0), lanes, cost)

@@ -104,6 +104,23 @@ def test_dead_groups_are_not_trained():
   assert [u.start for u in state.skipped] == [0]
 
 
+def test_updates_keep_their_order_where_all_groups_of_one_are_dead():
+  work = Workload(groups=4, group_size=2, window=1, updates=2, gap=True)
+  generates = lambda unit: unit.kind in (Kind.GENERATE, Kind.SCORE)  # noqa: E731
+  state = start_step(work, 0)
+  for unit in filter(generates, step_units(work, 0)):
+    lane = HOST if unit.kind == Kind.SCORE else ROLLOUT
+    state = on_start(state, lane, unit)
+    state = on_done(state, lane, unit, {2, 3} if unit.start == 4 else ())
+  ran = []
+  while not finished(state):
+    unit = next_unit(state, TRAINER)
+    state = on_done(on_start(state, TRAINER, unit), TRAINER, unit)
+    ran.append((unit.kind, unit.update))
+  train, update = (Kind.TRAIN, 0), Kind.UPDATE
+  assert ran[:4] == [train, train, (update, 0), (update, 1)]
+
+
 def test_no_lane_for_a_kind_is_an_error():
   with pytest.raises(RuntimeError, match="no lane can do"):
     simulate(start_step(Workload(2, 2, 1), 0), (ROLLOUT, HOST), cost)
@@ -162,6 +179,33 @@ def test_every_unit_once_and_never_before_its_needs(work, seed, colocated):
   for unit, span in zip(ran, spans):
     before = [other for other in ran if must_precede(other, unit, work)]
     assert all(ended[other] <= span.start for other in before)
+
+
+@settings(max_examples=200, deadline=None)
+@given(work=workloads, seed=st.integers(0, 2**16))
+def test_dead_groups_change_no_order(work, seed):
+  rng = random.Random(seed)
+  dead = {g for g in range(work.groups) if rng.random() < 0.6}
+  state, running, ended = start_step(work, 0), [], []
+  while not finished(state):
+    for lane in TWO:
+      while (unit := next_unit(state, lane)) is not None:
+        missing = set(step_units(work, 0)) - set(ended) - state.skipped
+        assert not any(must_precede(other, unit, work) for other in missing)
+        state = on_start(state, lane, unit)
+        running.append((lane, unit))
+    lane, unit = running.pop(rng.randrange(len(running)))
+    known = ()
+    if unit.kind == Kind.SCORE:
+      left = {u for u in step_units(work, 0) if u.kind == Kind.SCORE}
+      left -= {*ended, unit}
+      waiting = {g for u in left for g in work.groups_of(u)}
+      known = dead & (set(work.groups_of(unit)) - waiting)
+    state = on_done(state, lane, unit, known)
+    ended.append(unit)
+  assert sorted({*ended, *state.skipped}, key=repr) == sorted(
+    step_units(work, 0), key=repr
+  )
 
 
 @settings(max_examples=200, deadline=None)

@@ -114,6 +114,22 @@ def test_a_lane_counts_on_what_another_has_committed_to():
   assert end(run(work, three, cost, assist=Search(three, cost))) == shared
 
 
+def test_rewards_under_way_do_not_hide_a_bubble():
+  # Four slow rewards at once are not the work of two lanes.
+  cost = costs(generate=4.0, train=1.0)
+  team = lanes(tag=True)
+  rollout, trainer, host = team
+  state = start_step(WORK, 0)
+  left = {}
+  for _ in range(4):
+    unit = next_unit(state, rollout)
+    state = on_done(on_start(state, rollout, unit), rollout, unit)
+    unit = next_unit(state, host)
+    state, left["host", unit] = on_start(state, host, unit), 10.0
+  search = Search(team, cost)
+  assert next_unit(state, trainer, lambda *args: search(*args, left))
+
+
 def test_lanes_that_gain_only_together_help_each_other():
   # Generating on both lanes at once pays only if both then train.
   work = Workload(groups=2, group_size=4, window=1, gap=True)

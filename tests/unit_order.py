@@ -16,6 +16,8 @@ def must_precede(a, b, work):
       a.kind == Kind.UPDATE and a.update < b.update
     )
   if b.kind == Kind.UPDATE:
+    if a.kind == Kind.UPDATE:
+      return a.update < b.update
     return a.kind == Kind.TRAIN and a.update == b.update
   return b.kind == Kind.PUBLISH and a.kind == Kind.UPDATE
 

@@ -107,7 +107,7 @@ def run(
     lanes = _Lanes(ray, config)
     try:
       report(f"{name}: compiling")
-      rungs = _rungs(config, lanes)
+      rungs = _rungs(config, lanes, report)
       if not result:
         program = rungs["rat"].program
         args = {lane: program.first_pack(lane) for lane in lanes.pair}
@@ -201,18 +201,28 @@ class _Rung:
     self.config = dataclasses.replace(config, pipeline=pipeline)
     self.work = assemble.workload(self.config)
     self.team = lanes.team(pipeline)
-    self.reward, stream, conditioning = data
-    self.program = Program(
-      self.config,
-      self.work,
-      assembly.recipe,
-      self.team,
-      self.reward,
-      stream,
-      conditioning,
-      None,
-    )
+    reward, stream, conditioning = data
+
+    def program(work: Workload) -> Program:
+      return Program(
+        self.config,
+        work,
+        assembly.recipe,
+        self.team,
+        reward,
+        stream,
+        conditioning,
+        None,
+      )
+
+    self._make_program, self.program = program, program(self.work)
     self.costs = Costs()
+
+  def row_seconds(self, pack: int) -> float:
+    """Of a transition in a pack of so many trained steps, on the trainer."""
+    program = self._make_program(dataclasses.replace(self.work, pack=pack))
+    (unit,) = program.measure(0, [("trainer", Kind.TRAIN)])
+    return unit.seconds / unit.size
 
   def assist(self) -> Assist:
     if not self.team.lanes[0].assists and not self.team.lanes[1].assists:
@@ -272,7 +282,9 @@ class _Rung:
     return (ends[-2] - ends[0]) / (STEPS - 2)
 
 
-def _rungs(config: Config, lanes: _Lanes) -> dict[str, _Rung]:
+def _rungs(
+  config: Config, lanes: _Lanes, report: Callable[[str], None]
+) -> dict[str, _Rung]:
   """All rungs, compiled."""
   assembly = assemble.assemble(config, weights=False)
   prompts = read_prompts(config.prompts)
@@ -281,6 +293,17 @@ def _rungs(config: Config, lanes: _Lanes) -> dict[str, _Rung]:
     PromptStream(tuple(prompts), config.seed, config.batch.prompts),
     assemble.embed(assembly, prompts),
   )
+  window = config.sampling.window
+  packs = [n for n in range(1, window + 1) if window % n == 0]
+  trial = _Rung("tsp", config, assembly, lanes, data)
+  seconds = {n: trial.row_seconds(n) for n in packs}
+  pack = min(seconds, key=seconds.__getitem__)
+  report(
+    "  trained steps per pack -> ms a row: "
+    + ", ".join(f"{n} -> {1e3 * s:.2f}" for n, s in seconds.items())
+  )
+  pipeline = dataclasses.replace(config.pipeline, timesteps_per_pack=pack)
+  config = dataclasses.replace(config, pipeline=pipeline)
   rungs = {name: _Rung(name, config, assembly, lanes, data) for name in RUNGS}
   for rung in rungs.values():
     rung.warm_up(0)
@@ -308,36 +331,32 @@ def _repeat(
 def _summary(
   rungs: Mapping[str, _Rung], ran: Mapping[str, Sequence[Ran]]
 ) -> dict[str, Any]:
-  costs = {
-    pack: measured_costs(
-      [
-        s
-        for n in RUNGS
-        if n != "colocated" and rungs[n].work.pack == pack
-        for r in ran[n]
-        for s in r.spans
-      ]
-    )
-    for pack in {rung.work.pack for rung in rungs.values()}
-  }
+  """Medians, and what the simulator makes of the costs that a rung had.
+
+  The bound is taken from the units of all rungs that cut the work alike.
+  """
+  spans = {n: [s for r in ran[n] for s in r.spans] for n in RUNGS}
+  pack = rungs["tsp"].work.pack
+  alike = [
+    span
+    for n in RUNGS
+    if n != "colocated" and rungs[n].work.pack == pack
+    for span in spans[n]
+  ]
   full = rungs["tsp"].work
-  bound = _work_seconds(costs[full.pack], full) / 2
+  bound = _work_seconds(measured_costs(alike), full) / 2
   medians = {
     n: statistics.median(s for r in ran[n] for s in r.seconds) for n in RUNGS
   }
   table = {}
   for name, rung in rungs.items():
-    if name == "colocated":
-      cost = measured_costs([s for r in ran[name] for s in r.spans])
-    else:
-      cost = costs[rung.work.pack]
     table[name] = {
       "step_seconds": [s for r in ran[name] for s in r.seconds],
       "median_seconds": medians[name],
       "bound_fraction": bound / medians[name],
       "ratio_to_sequential": medians["sequential"] / medians[name],
       "ratio_to_colocated": medians["colocated"] / medians[name],
-      "predicted_step_seconds": rung.predict(cost),
+      "predicted_step_seconds": rung.predict(measured_costs(spans[name])),
       "lanes": {
         lane: {
           key: statistics.median(r.accounting[lane][key] for r in ran[name])

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from digen_jax.errors import LaneLost
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.scheduler import (
   Lane,
@@ -61,13 +62,23 @@ class UnitError(RuntimeError):
 
 @dataclasses.dataclass
 class _Running:
-  """A unit under way; `then` follows on its lane at once (after a switch)."""
+  """A unit under way; `then` follows on its lane at once (after a switch).
+
+  Units that outlive a step are not `timed`: nobody looks while the caller
+  evaluates and saves.
+  """
 
   lane: Lane
   unit: Unit
   handle: Handle
   span: Span
   then: Unit | None = None
+  timed: bool = True
+
+  @property
+  def scheduled(self) -> Unit:
+    """What the scheduler knows the lane to be busy with."""
+    return self.then or self.unit
 
 
 class Executor:
@@ -114,6 +125,8 @@ class Executor:
         that nothing is in flight when the caller writes its checkpoint.
     """
     self._spans, retries = [], self._retries
+    for item in self._running:
+      item.timed = False
     while not finished(state):
       progressed = False
       for item in list(self._running):
@@ -123,7 +136,7 @@ class Executor:
         try:
           state = self._end(state, item)
         except Exception as cause:
-          state = self._failed(state, item.lane, item.unit, cause, retries)
+          state = self._failed(state, item.lane, item.scheduled, cause, retries)
           retries -= 1
         progressed = True
       for lane in self._lanes:
@@ -162,7 +175,8 @@ class Executor:
     now, lane = self._clock(), item.lane
     dead = item.handle.finish()
     self._spans.append(dataclasses.replace(item.span, end=now))
-    self._costs.observe(lane.name, item.unit, now - item.span.start)
+    if item.timed:
+      self._costs.observe(lane.name, item.unit, now - item.span.start)
     if item.then is None:
       return on_done(state, lane, item.unit, dead)
     self._begin(state, lane, item.then)
@@ -175,7 +189,7 @@ class Executor:
       cost = self._costs(item.lane.name, item.unit)
       if item.then is not None:
         cost += self._costs(item.lane.name, item.then)
-      key = item.lane.name, item.then or item.unit
+      key = item.lane.name, item.scheduled
       left[key] = max(cost - (now - item.span.start), 0.0)
     return self._assist(state, lane, unit, left)
 
@@ -183,8 +197,9 @@ class Executor:
     self, state: State, lane: Lane, unit: Unit, cause: Exception, retries: int
   ) -> State:
     """Puts the unit back, or waits for the others and names it."""
-    # Updates change what they start from; they are never run again.
-    if retries > 0 and unit.kind not in (Kind.UPDATE, Kind.PUBLISH):
+    # Updates change what they start from; a lane that is gone stays gone.
+    lasting = unit.kind in (Kind.UPDATE, Kind.PUBLISH)
+    if retries > 0 and not lasting and not isinstance(cause, LaneLost):
       return on_lost(state, lane, unit)
     while not all(item.handle.ready() for item in self._running):
       time.sleep(POLL_SECONDS)

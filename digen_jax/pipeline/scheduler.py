@@ -73,7 +73,6 @@ class Progress:
     started: units that have.
     done: units that have ended, or that nobody needs to run (`skipped`).
     skipped: Train units without a gradient: every group in them is dead.
-    stale: Generate units that ran with the version before.
     dead: groups whose rewards are all equal; they carry no gradient.
   """
 
@@ -82,7 +81,6 @@ class Progress:
   started: int = 0
   done: int = 0
   skipped: int = 0
-  stale: int = 0
   dead: frozenset[int] = frozenset()
 
 
@@ -240,12 +238,10 @@ def on_start(state: State, lane: Lane, unit: Unit) -> State:
   progress, member = _find(state, unit)
   if not progress.ready & member:
     raise ValueError(f"{unit} is not ready to run")
-  stale = member if unit.kind == Kind.GENERATE and progress != state.now else 0
   progress = dataclasses.replace(
     progress,
     ready=progress.ready ^ member,
     started=progress.started | member,
-    stale=progress.stale | stale,
   )
   state = _with(state, progress, state.running | {(lane.name, unit)})
   others = state.assisting - {lane.name}
@@ -294,7 +290,6 @@ def on_lost(state: State, lane: Lane, lost: Unit | None = None) -> State:
       progress,
       ready=progress.ready | member,
       started=progress.started & ~member,
-      stale=progress.stale & ~member,
     )
     state = _with(state, progress, state.running)
   return dataclasses.replace(

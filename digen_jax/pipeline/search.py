@@ -46,7 +46,7 @@ class Budget:
 
 
 class Search:
-  """Decides whether an idle lane assists; pass it to `simulate` or `run_step`.
+  """Decides whether an idle lane assists; pass it to `simulate` or an `Executor`.
 
   search = Search(lanes, costs)
   search(state, lane, unit, left) -> bool
@@ -86,7 +86,7 @@ class Search:
     """
     if state.step != self._step:
       self._step, self._committed = state.step, {}
-    if not self._committed.get(lane.name):
+    if self._committed.get(lane.name, 0) <= 0:
       promises = tuple(sorted(self._committed.items()))
       key = (state.now, state.running, lane.name, promises)
       if key in self._refused:
@@ -97,7 +97,8 @@ class Search:
           self._refused.popitem(last=False)
         self._refused[key] = None
         return False
-      self._committed = plan
+      # Another lane may have been quicker to take what this one is for.
+      self._committed = plan | {lane.name: max(plan.get(lane.name, 0), 1)}
     self._committed[lane.name] -= 1
     return True
 
@@ -154,9 +155,14 @@ class Search:
 
   def _bound(self, state: State, left: Left) -> float:
     """No plan ends before all work is done at every lane's best speed."""
-    work = sum(left.get(running, 0.0) for running in state.running)
-    open_units = ~(state.now.started | state.now.done)
     lanes = [lane for lane in self.lanes if Kind.SCORE not in lane.kinds]
+    names = {lane.name for lane in lanes}
+    work = sum(
+      left.get((name, unit), 0.0)
+      for name, unit in state.running
+      if name in names and unit.step == state.step
+    )
+    open_units = ~(state.now.started | state.now.done)
     for kind, members in plan(state.work).kinds.items():
       able = [i for i in lanes if kind in i.kinds | i.assists]
       remaining = (members & open_units).bit_count()

@@ -54,7 +54,7 @@ def simulate(
       where it is not known.
 
   Returns:
-    One span per unit, in order of completion, as `execute.run_step` returns
+    One span per unit, in order of completion, as `Executor.run` returns
     them. The steps take `max(span.end) - start` seconds.
 
   Raises:

@@ -162,7 +162,8 @@ def plan(work: Workload) -> Plan:
 
   Score needs its Generate. Train needs the rewards of its groups (of all
   groups without GAP or with a global scope) and the update before its own,
-  Update the Train units of that update, Publish all updates. Generate needs
+  Update the Train units of that update and the update before, Publish all
+  updates. Generate needs
   nothing but a policy version, which the scheduler sees to.
   """
   units = step_units(work, 0)
@@ -204,8 +205,11 @@ def _needs(
       scores = ((1 << high) - (1 << low)) << first
     return scores | (1 << updates[unit.update - 1] if unit.update else 0)
   if unit.kind == Kind.UPDATE:
-    previous = updates[unit.update - 1] if unit.update else 0
-    return kinds[Kind.TRAIN] & ((1 << i) - (1 << previous))
+    if not unit.update:
+      return kinds[Kind.TRAIN] & ((1 << i) - 1)
+    # Where all groups of an update are dead, only this keeps it in its place.
+    previous = 1 << updates[unit.update - 1]
+    return kinds[Kind.TRAIN] & ((1 << i) - previous) | previous
   if unit.kind == Kind.PUBLISH:
     return kinds[Kind.UPDATE]
   return 0
