@@ -1,5 +1,7 @@
 """TAG, RAT and TCSS on real lanes: who did what, and the same gradients."""
 
+import types
+
 import jax
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import pytest
 from digen_jax import training
 from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
+from digen_jax.pipeline.units import Workload
 from tests.small_run import distance, small_config, write_prompts
 
 SPLITS = {
@@ -75,7 +78,28 @@ def test_assistance_gives_the_same_gradient(
   assert sum(row["trained_by"].values()) == 6 - dead
 
 
-def test_stale_samples_are_corrected_and_counted(prompts_file, tmp_path):
+@pytest.mark.parametrize("pays", [True, False])
+def test_stale_units_start_as_long_as_they_pay(pays, monkeypatch):
+  monkeypatch.setattr(training, "stale_pays", lambda *_: pays)
+  run = types.SimpleNamespace(
+    config=from_config_dict({"steps": 9, "checkpoint_every": 4}),
+    step=0,
+    work=Workload(groups=4, group_size=2, window=1, stale=2),
+    lanes=(),
+    costs=None,
+    _ahead=None,
+    _stale=True,
+    _due_for_review=lambda: True,
+  )
+  assert (training.Run._state(run).ahead is not None) == pays
+  run.step = 3  # a checkpoint follows
+  assert training.Run._state(run).ahead is None
+
+
+def test_stale_samples_are_corrected_and_counted(
+  prompts_file, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(training, "stale_pays", lambda *_: True)
   config = config_of(prompts_file, tcss=0.5)
   config.steps, config.checkpoint_every = 4, 3
   job = training.Run(from_config_dict(config), tmp_path / "run")
