@@ -28,8 +28,11 @@ def final_params(config, workdir):
   """State of a finished run; its split need not be that of `config`."""
   job = training.Run(from_config_dict(config), workdir)
   assert job.step == config.steps
-  params = to_host(job.trainer.island.state)
+  island = job.trainer.island
+  stored = to_host(island.checkpoints.load(job.step, island.state))
+  params = to_host(island.state)
   job.close()
+  jax.tree.map(np.testing.assert_array_equal, params, stored)
   return params
 
 
