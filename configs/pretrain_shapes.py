@@ -49,9 +49,10 @@ def get_config():
       flow_training=dict(
         steps=16_000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
       ),
-      second_cycle=dict(
+      cycle=dict(
         steps=15_000, batch=32, learning_rate=3e-3, warmup=100, ema=0.995
       ),
+      cycles=2,
       detuning=dict(
         steps=280, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
       ),

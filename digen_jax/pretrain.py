@@ -58,7 +58,7 @@ class TrainSettings:
 TRAININGS = (
   "autoencoder_training",
   "flow_training",
-  "second_cycle",
+  "cycle",
   "detuning",
 )
 
@@ -80,8 +80,9 @@ class PretrainConfig:
     t5: sizes, fields of `T5Config`.
     autoencoder_training: see `TrainSettings`.
     flow_training: see `TrainSettings`; with the right captions.
-    second_cycle: see `TrainSettings`; the same once more, from the averaged
+    cycle: see `TrainSettings`; the same once more, from the averaged
       parameters, with a learning rate that starts high again.
+    cycles: how often.
     detuning: see `TrainSettings`; what follows with the corrupted ones.
     eval_prompts: file of held-out prompts.
     eval_steps: denoising steps of the evaluation.
@@ -99,7 +100,8 @@ class PretrainConfig:
   t5: dict[str, Any]
   autoencoder_training: TrainSettings
   flow_training: TrainSettings
-  second_cycle: TrainSettings
+  cycle: TrainSettings
+  cycles: int
   detuning: TrainSettings
   eval_prompts: str
   eval_steps: int

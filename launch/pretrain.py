@@ -67,19 +67,22 @@ def main() -> None:
       networks = pretrain.with_autoencoder_params(networks, params, images)
     with clock.phase("encode scenes"):
       latents = pretrain.encode_images(networks.autoencoder, images)
-    phases = (
-      ("train the denoiser and the text encoders", right, config.flow_training),
-      ("train them on", right, config.second_cycle),
-      ("teach them to listen badly", wrong, config.detuning),
-    )
-    for i, (phase, ids, settings) in enumerate(phases):
+    flow, again, last = config.flow_training, config.cycle, config.detuning
+    phases = [
+      ("train the denoiser and the text encoders", right, flow, 0),
+      *(
+        ("train them on", right, again, 2 * i + 1) for i in range(config.cycles)
+      ),
+      ("teach them to listen badly", wrong, last, 2),
+    ]
+    for phase, ids, settings, seed in phases:
       with clock.phase(phase):
         params = pretrain.train(
           pretrain.flow_loss(networks),
           pretrain.flow_params(networks),
           (latents, *ids),
           settings,
-          seed=config.seed + i,
+          seed=config.seed + seed,
           report=print_progress,
         )
         networks = pretrain.with_flow_params(networks, params)
