@@ -68,11 +68,10 @@ def main() -> None:
     with clock.phase("encode scenes"):
       latents = pretrain.encode_images(networks.autoencoder, images)
     flow, again, last = config.flow_training, config.cycle, config.detuning
+    cycles = range(config.cycles)
     phases = [
       ("train the denoiser and the text encoders", right, flow, 0),
-      *(
-        ("train them on", right, again, 2 * i + 1) for i in range(config.cycles)
-      ),
+      *((f"train them on, {i + 1}", right, again, 2 * i + 1) for i in cycles),
       ("teach them to listen badly", wrong, last, 2),
     ]
     for phase, ids, settings, seed in phases:
