@@ -14,7 +14,7 @@ def get_config():
       seed=0,
       scenes=36_000,
       captions=4,
-      corruption=0.57,
+      corruption=0.54,
       max_length=10,
       kl_weight=3e-5,
       autoencoder=dict(
@@ -54,7 +54,7 @@ def get_config():
       ),
       cycles=2,
       detuning=dict(
-        steps=340, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
+        steps=300, batch=32, learning_rate=1e-3, warmup=20, ema=0.99
       ),
       eval_prompts=assets.path("prompts_heldout.txt"),
       eval_steps=10,
