@@ -15,7 +15,7 @@ from digen_jax.config import default_config
 
 def get_config():
   config = default_config()
-  config.steps = 160
+  config.steps = 100
   config.checkpoint = assets.path("tiny_flux")
   config.prompts = assets.path("prompts_train.txt")
   config.reward = "shapes"
