@@ -18,6 +18,7 @@ from digen_jax.config import Train, default_config, from_config_dict, to_dict
 from digen_jax.grpo.train_step import join
 from digen_jax.metrics import read_metrics
 from digen_jax.optimizer import make_optimizer
+from digen_jax.weights import load
 from tests import autoencoders, references, text_pipelines
 
 JOINT = dict(num_layers=2, attention_head_dim=24, num_attention_heads=2)
@@ -206,7 +207,8 @@ def adapted_run(config, workdir):
     "ema": None,
   }
   checkpoints = Checkpoints(workdir / "checkpoints", 1)
-  checkpoints.save(1, state, {})
+  start = load.fingerprint(config.checkpoint)
+  checkpoints.save(1, state, {"checkpoint": start})
   checkpoints.close()
   text = json.dumps({"config": to_dict(config)})
   (workdir / "config.json").write_text(text)
