@@ -158,6 +158,46 @@ def test_lora_run(name, checkpoints, tmp_path):
     assert (tmp_path / "run" / "samples" / "step_000000.mp4").exists()
 
 
+PICTURES = """
+from digen_jax.rewards import takes_pil
+
+@takes_pil
+def brightness(images, prompts):
+  return [float(sum(image.getpixel((3, 5)))) for image in images]
+"""
+
+
+def test_one_frame_of_a_video_family_is_a_picture(checkpoints, tmp_path):
+  (tmp_path / "rewards.py").write_text(PICTURES)
+  config = family_config("wan", checkpoints("wan"), tmp_path)
+  config.steps, config.sampling.num_frames = 1, 1
+  config.reward = f"{tmp_path}/rewards.py:brightness"
+  config.train.lora_rank, config.train.lora_targets = 4, ("attn",)
+  check_run(config, tmp_path / "run")
+  assert not list((tmp_path / "run").rglob("*.mp4"))
+  count = jobs.sample_prompts(
+    tmp_path / "run",
+    tmp_path / "prompts.txt",
+    tmp_path / "out",
+    overrides={},
+    seed=0,
+    samples_per_prompt=1,
+  )
+  assert count == len(PROMPTS)
+  files = sorted(p.suffix for p in (tmp_path / "out").glob("0*"))
+  assert files == [".png"] * count
+
+
+def test_the_form_of_the_kl_goes_by_family(checkpoints, tmp_path):
+  for name, form in (("flux", "diffusion"), ("wan", "transition")):
+    config = family_config(name, checkpoints(name), tmp_path)
+    found = assemble(from_config_dict(config), weights=False).recipe
+    assert found.kl_form == form
+    config.train.kl_form = "diffusion"
+    found = assemble(from_config_dict(config), weights=False).recipe
+    assert found.kl_form == "diffusion"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [(1, 1), (2, 6)])
 @pytest.mark.parametrize("lora", [0, 4])
