@@ -151,9 +151,17 @@ def _recipe(
     rescale_guidance=family.rescale_guidance,
     clip_range=config.train.clip_range,
     kl_weight=config.train.kl_weight,
+    kl_form=_kl_form(config.train.kl_form, family.video),
     rows_per_update=work.rows_per_update,
     ema_decay=config.train.ema_decay,
+    eval_batch_size=config.eval.batch_size,
   )
+
+
+def _kl_form(wanted: str, video: bool) -> str:
+  if wanted != "auto":
+    return wanted
+  return "transition" if video else "diffusion"
 
 
 PATCH = 2  # latent pixels along the side of a token, in all families

@@ -22,7 +22,17 @@ STRUCTURAL = ("train.lora_rank", "train.lora_targets", "train.ema_decay")
 class Checkpoints:
   """The checkpoints under one directory. Call from the main thread only."""
 
-  def __init__(self, directory: str | Path, keep: int = 2):
+  def __init__(
+    self, directory: str | Path, keep: int = 2, *, writes: bool = True
+  ):
+    """Opens a directory of checkpoints.
+
+    Args:
+      directory: made if missing.
+      keep: how many of the newest stay when another is saved.
+      writes: False where a run is only looked at: what seems left behind by a
+        killed writer may be what a live one is writing.
+    """
     import orbax.checkpoint.experimental.v1 as ocp
 
     policies = ocp.training.preservation_policies
@@ -32,7 +42,7 @@ class Checkpoints:
         1
       ),
       preservation_policy=policies.LatestN(keep),
-      cleanup_tmp_directories=True,
+      cleanup_tmp_directories=writes,
     )
 
   def latest(self) -> int | None:

@@ -81,6 +81,9 @@ class Train:
     weight_by_noise: weight the loss of a step by the noise it adds
       (TempFlow-GRPO); off is plain GRPO.
     kl_weight: weight of the KL to the starting policy; 0 switches it off.
+    kl_form: noise the KL is measured in, "diffusion" (the coefficient of the
+      SDE, as Flow-GRPO does for images), "transition" (the std of a step, the
+      exact Gaussian KL, as it does for Wan), or "auto", by the model's family.
     ema_decay: decay of the averaged parameters; 0 switches them off.
     max_grad_norm: global-norm clip.
     weight_decay: decoupled, on matrices only.
@@ -101,6 +104,7 @@ class Train:
   clip_range: float = 1e-4
   weight_by_noise: bool = False
   kl_weight: float = 0.0
+  kl_form: str = "auto"
   ema_decay: float = 0.0
   max_grad_norm: float = 1.0
   weight_decay: float = 0.0
@@ -190,6 +194,7 @@ class Eval:
     prompts: prompt file; empty means the training prompts.
     num_prompts: how many of them, from the top; 0 means all.
     num_steps: denoising steps of the sampler.
+    batch_size: samples made at once, rounded up to what the devices divide.
     images: how many samples the picture grids show.
     fps: frames per second of the videos written.
   """
@@ -197,6 +202,7 @@ class Eval:
   prompts: str = ""
   num_prompts: int = 64
   num_steps: int = 20
+  batch_size: int = 64
   images: int = 16
   fps: int = 16
 
@@ -206,7 +212,7 @@ class Config:
   """A run. See the sections' own records.
 
   Attributes:
-    seed: everything random follows from it.
+    seed: everything random follows from it; from 0 to 2**32 - 1.
     steps: global steps.
     checkpoint: a diffusers pipeline directory, or its id on the hub.
     prompts: training prompts, one per line.
@@ -334,6 +340,7 @@ def check(config: Config) -> None:
   batch, sampling, train = config.batch, config.sampling, config.train
   _choice("sampling.kernel", sampling.kernel, KERNELS)
   _choice("train.schedule", train.schedule, ("constant", "cosine"))
+  _choice("train.kl_form", train.kl_form, KL_FORMS)
   _choice("train.remat", train.remat, ("none", "block", "dots"))
   _choice("advantage.scope", config.advantage.scope, ("group", "global"))
   _choice("dtype.compute", config.dtype.compute, ("float32", "bfloat16"))
@@ -345,6 +352,10 @@ def check(config: Config) -> None:
   )
   _choice("pipeline.lanes", config.pipeline.lanes, ("local", "ray"))
   _choice("tracker", config.tracker, ("", "wandb"))
+  if not 0 <= config.seed < 2**32:
+    raise UserError(
+      f"config.seed must be from 0 to 2**32 - 1; got {config.seed}"
+    )
   if not 0.0 <= config.pipeline.tcss <= 1.0:
     raise UserError(
       "config.pipeline.tcss is the part of a step that may be stale, from 0 "
@@ -366,6 +377,7 @@ def check(config: Config) -> None:
     ("pipeline.retries", config.pipeline.retries, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),
+    ("eval.batch_size", config.eval.batch_size, 1),
     ("eval.images", config.eval.images, 1),
     ("eval.fps", config.eval.fps, 1),
     ("pipeline.timesteps_per_pack", config.pipeline.timesteps_per_pack, 0),
@@ -382,6 +394,11 @@ def check(config: Config) -> None:
   ):
     if not value > 0:
       raise UserError(f"config.{where} must be positive; got {value}")
+  if sampling.kernel == "flow_cps" and sampling.noise_level > 1:
+    raise UserError(
+      "config.sampling.noise_level is the share of an angle with "
+      f"kernel='flow_cps', above 0 and at most 1; got {sampling.noise_level}"
+    )
   if train.lora_init and not train.lora_rank:
     raise UserError(
       f"config.train.lora_init={train.lora_init!r} needs adapters to load: set "
@@ -407,6 +424,7 @@ def check(config: Config) -> None:
 
 
 KERNELS = ("flow_sde", "dance_sde", "flow_cps")
+KL_FORMS = ("auto", "diffusion", "transition")
 
 
 def _check_window(sampling: Sampling) -> None:

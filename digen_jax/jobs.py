@@ -12,7 +12,12 @@ import numpy as np
 from PIL import Image
 
 from digen_jax import media
-from digen_jax.assemble import embed, negative_conditioning, with_guidance
+from digen_jax.assemble import (
+  Assembly,
+  embedder,
+  negative_conditioning,
+  with_guidance,
+)
 from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import read_prompts
 from digen_jax.data.recorded import read_recorded
@@ -21,8 +26,10 @@ from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
 from digen_jax.models.lora import merge_lora
 from digen_jax.policy import denoise as denoise_with
+from digen_jax.policy import still
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.runs import is_run, open_policy, read_config
+from digen_jax.runs import Policy, is_run, open_policy, read_config
+from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import FILE, save_adapters, train_settings
 from digen_jax.weights.export import export_pipeline
 
@@ -57,22 +64,12 @@ def sample_prompts(
     UserError: bad input.
   """
   texts = read_prompts(prompts)
-  if lora and is_run(checkpoint):
-    raise UserError(
-      f"--lora={lora} goes with a pipeline directory, and {checkpoint} is a "
-      "run: name the pipeline that the adapters were made for"
-    )
-  if lora:
-    overrides = {**overrides, "train": train_settings(lora, checkpoint)}
+  overrides = _with_lora(checkpoint, overrides, lora)
   out = _directory(out)
-  policy = open_policy(checkpoint, overrides)
+  policy = _open(checkpoint, overrides)
   texts = [text for text in texts for _ in range(samples_per_prompt)]
-  images = policy.sampler()(
-    policy.trainable,
-    embed(policy.assembly, texts),
-    negative_conditioning(policy.assembly),
-    seed,
-  )
+  conditioning, negative = _encode(policy.assembly, texts)
+  images = policy.sampler()(policy.trainable, conditioning, negative, seed)
   rows = []
   fps = policy.assembly.config.eval.fps
   for i, (text, image) in enumerate(zip(texts, images)):
@@ -83,6 +80,40 @@ def sample_prompts(
   (out / "samples.jsonl").write_text(lines)
   media.image_grid(images[:GRID], labels=texts[:GRID]).save(out / "grid.png")
   return len(images)
+
+
+def _with_lora(
+  checkpoint: str | Path,
+  overrides: Mapping[str, Mapping[str, Any]],
+  lora: str | Path | None,
+) -> Mapping[str, Mapping[str, Any]]:
+  """Overrides with which a pipeline has the adapters of a file."""
+  if not lora:
+    return overrides
+  if is_run(checkpoint):
+    raise UserError(
+      f"--lora={lora} goes with a pipeline directory, and {checkpoint} is a "
+      "run: name the pipeline that the adapters were made for"
+    )
+  return {**overrides, "train": train_settings(lora, checkpoint)}
+
+
+def _open(
+  checkpoint: str | Path, overrides: Mapping[str, Mapping[str, Any]]
+) -> Policy:
+  """A policy whose samples can be written."""
+  policy = open_policy(checkpoint, overrides)
+  if policy.assembly.config.sampling.num_frames > 1:
+    media.check_video_writer()
+  return policy
+
+
+def _encode(
+  assembly: Assembly, texts: list[str]
+) -> tuple[Conditioning, Conditioning | None]:
+  """Prompts and negative prompt, by text encoders that are read once."""
+  embed = embedder(assembly)
+  return embed(texts), negative_conditioning(assembly, embed)
 
 
 def _save(path: Path, image: np.ndarray, fps: int) -> str:
@@ -102,6 +133,7 @@ def sample_recorded(
   out: str | Path,
   *,
   overrides: Mapping[str, Mapping[str, Any]],
+  lora: str | Path | None = None,
 ) -> int:
   """Samples from recorded noise and embeddings, and records every step.
 
@@ -113,6 +145,7 @@ def sample_recorded(
     inputs: see `data.recorded`.
     out: directory, made if missing.
     overrides: config section -> field -> value.
+    lora: LoRA file to sample a pipeline with.
 
   Returns:
     How many pictures were written.
@@ -120,12 +153,16 @@ def sample_recorded(
   Raises:
     UserError: bad input.
   """
-  policy = open_policy(checkpoint, overrides)
+  policy = _open(checkpoint, _with_lora(checkpoint, overrides, lora))
   config, recipe = policy.assembly.config, policy.assembly.recipe
   recorded = read_recorded(inputs, recipe.latent_shape)
   prompts, negative = (
     None if c is None else with_guidance(config, policy.assembly.model, c)
-    for c in match_text(recorded.prompts, recorded.negative)
+    for c in match_text(
+      recorded.prompts,
+      recorded.negative,
+      masked=policy.assembly.model.family.masks_text,
+    )
   )
   if config.sampling.guidance_scale == 1.0:
     negative = None
@@ -147,7 +184,7 @@ def sample_recorded(
     images = np.asarray(jax.jit(recipe.decode)(decoder, states[-1]))
   steps = recorded.theirs(np.asarray(states))
   np.savez(out / "trajectory.npz", latents_after_step=steps, image=images)
-  for i, image in enumerate(np.round(images * 255).astype(np.uint8)):
+  for i, image in enumerate(np.round(still(images) * 255).astype(np.uint8)):
     _save(out / f"{i:05d}", image, config.eval.fps)
   return len(images)
 
@@ -181,8 +218,7 @@ def evaluate_run(
   steps = {"num_steps": num_steps} if num_steps else {}
   policy = open_policy(run, {"eval": steps})
   sampler = policy.sampler()
-  conditioning = embed(policy.assembly, texts)
-  negative = negative_conditioning(policy.assembly)
+  conditioning, negative = _encode(policy.assembly, texts)
   base, trained = (
     evaluate(
       functools.partial(sampler, params),

@@ -98,7 +98,8 @@ class MetricsWriter:
       tracker: "" or "wandb".
       config: what to show in the tracker beside the numbers.
       step: the step that a resumed run goes on with; TensorBoard forgets what
-        it has of this step and later ones.
+        it has of this step and later ones; the evaluation made before this
+        step, which has its number, is to be handed over again.
 
     Raises:
       UserError: the tracker is unknown or not installed.
@@ -254,7 +255,7 @@ class _TensorBoard(Tracker):
     import tensorboardX
 
     self._writer = tensorboardX.SummaryWriter(
-      str(workdir / "tensorboard"), purge_step=step or None, flush_secs=10
+      str(workdir / "tensorboard"), purge_step=step, flush_secs=10
     )
 
   def log(self, step: int, values: Mapping[str, float]) -> None:

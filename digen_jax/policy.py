@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from digen_jax.grpo.train_step import join, train_step
+from digen_jax.grpo.train_step import KlForm, join, train_step
 from digen_jax.optimizer import ema_update
 from digen_jax.sampling.denoise import Apply
 from digen_jax.sampling.kernels import Kernel, make_kernel
@@ -44,8 +44,10 @@ class Recipe:
     rescale_guidance: see `types.Guidance`.
     clip_range: PPO clip.
     kl_weight: weight of the KL to the reference; 0 leaves it out.
+    kl_form: see `grpo.train_step`.
     rows_per_update: trained transitions of one optimiser update.
     ema_decay: of the averaged parameters; 0 leaves them out.
+    eval_batch_size: samples that the deterministic sampler makes at once.
   """
 
   apply: Apply
@@ -62,8 +64,10 @@ class Recipe:
   rescale_guidance: bool
   clip_range: float
   kl_weight: float
+  kl_form: KlForm
   rows_per_update: int
   ema_decay: float
+  eval_batch_size: int
 
   @property
   def kernel(self) -> Kernel:
@@ -116,7 +120,8 @@ def generate(
       all that its noise depends on.
 
   Returns:
-    The trajectories, and [B, H, W, 3] uint8 images.
+    The trajectories, and [B, H, W, 3] uint8 images, or [B, F, H, W, 3]
+    videos.
   """
   keys = first = _sample_keys(*numbers)
   if recipe.shared_noise:
@@ -249,6 +254,7 @@ def gradients(
     advantage_clip=None,  # group_advantages has clipped them
     frozen=frozen,
     kl_weight=recipe.kl_weight,
+    kl_form=recipe.kl_form,
     reference=join(gather(reference), frozen) if recipe.kl_weight else None,
   )
 
@@ -307,6 +313,11 @@ def _guidance(
   )
 
 
+def still(images: Any) -> Any:
+  """A video of one frame is a picture: [B, 1, H, W, 3] -> [B, H, W, 3]."""
+  return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
+
+
 def _images(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:
-  images = recipe.decode(decoder, latents)
+  images = still(recipe.decode(decoder, latents))
   return jnp.round(jnp.clip(images, 0.0, 1.0) * 255.0).astype(jnp.uint8)

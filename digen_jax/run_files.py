@@ -131,6 +131,10 @@ class RunFiles:
     self._evaluations = [
       row for row in self._read_evaluations() if row["step"] <= step
     ]
+    if step:  # at 0 it is made anew
+      for row in self._evaluations:
+        if row["step"] == step:
+          self._metrics.evaluation(step, row)
 
   def _read_evaluations(self) -> list[dict[str, Any]]:
     path = self.workdir / "evaluation.json"

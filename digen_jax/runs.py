@@ -11,11 +11,12 @@ from jax.sharding import Mesh
 
 from digen_jax.assemble import Assembly, assemble
 from digen_jax.checkpoint import Checkpoints
-from digen_jax.config import Config, from_config_dict
+from digen_jax.config import Config, check, from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.optimizer import make_optimizer
 from digen_jax.parallel.mesh import make_mesh, replicated
 from digen_jax.sampler import Sampler
+from digen_jax.weights.load import fingerprint
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Policy:
   base: Any
   step: int
 
-  def sampler(self, batch_size: int = 64) -> Sampler:
+  def sampler(self) -> Sampler:
     """A sampler for it."""
     weights, whole = self.assembly.weights, replicated(self.mesh)
     return Sampler(
@@ -44,7 +45,6 @@ class Policy:
       self.mesh,
       jax.device_put(weights.frozen, whole),
       jax.device_put(weights.decoder, whole),
-      batch_size=batch_size,
     )
 
 
@@ -79,13 +79,15 @@ def open_policy(
     overrides: section -> field -> value, e.g. {"eval": {"num_steps": 20}}.
 
   Raises:
-    UserError: neither, or incomplete.
+    UserError: neither, incomplete, an override that cannot work, or the run
+      started from other files than its checkpoint's directory holds now.
   """
   run = is_run(path)
   config = read_config(path) if run else Config(checkpoint=str(path))
   for section, values in (overrides or {}).items():
     changed = dataclasses.replace(getattr(config, section), **values)
     config = dataclasses.replace(config, **{section: changed})
+  check(config)
   assembly = assemble(config)
   devices = jax.devices()
   mesh = make_mesh({"data": len(devices)}, devices)
@@ -100,10 +102,17 @@ def _trained(
   config: Config, base: Any, mesh: Mesh, path: Path
 ) -> tuple[int, Any]:
   """Newest parameters of a run, averaged if it keeps an average."""
-  checkpoints = Checkpoints(path / "checkpoints", config.keep_checkpoints)
+  checkpoints = Checkpoints(path / "checkpoints", writes=False)
   step = checkpoints.latest()
   if step is None:
     raise UserError(f"{path}/checkpoints holds no complete checkpoint yet")
+  start = fingerprint(config.checkpoint, config.train.lora_init)
+  if checkpoints.record(step)["checkpoint"] != start:
+    lora = config.train.lora_init and f" with {config.train.lora_init}"
+    raise UserError(
+      f"{path} was trained from other files than {config.checkpoint}{lora} "
+      "holds now: put back those that it started from"
+    )
   shapes = {
     "trainable": base,
     "optimizer": jax.eval_shape(make_optimizer(config.train, 1).init, base),

@@ -22,8 +22,6 @@ class Sampler:
     mesh: Mesh,
     frozen: Any,
     decoder: Any,
-    *,
-    batch_size: int = 64,
   ):
     """Compiles nothing yet.
 
@@ -32,10 +30,9 @@ class Sampler:
       mesh: where to sample.
       frozen: parameters that are not trained, placed on the mesh.
       decoder: autoencoder parameters, placed on the mesh.
-      batch_size: samples per call, rounded up to what the mesh divides.
     """
     self._mesh, self._frozen, self._decoder = mesh, frozen, decoder
-    self._batch_size = padded_size(batch_size, mesh)
+    self._batch_size = recipe.eval_batch_size
     self._sample = jax.jit(
       functools.partial(policy.sample, recipe),
       out_shardings=batch_sharding(mesh),
@@ -68,9 +65,10 @@ class Sampler:
     spread, whole = batch_sharding(self._mesh), replicated(self._mesh)
     fixed = jax.device_put((negative, np.uint32(seed)), whole)
     images = []
-    for first in range(0, count, self._batch_size):
+    size = padded_size(min(self._batch_size, count), self._mesh)
+    for first in range(0, count, size):
       # The last batch repeats its last row: one shape, one compilation.
-      rows = np.minimum(np.arange(first, first + self._batch_size), count - 1)
+      rows = np.minimum(np.arange(first, first + size), count - 1)
       batch = jax.tree.map(lambda x: x[rows], conditioning)  # noqa: B023
       batch, number = jax.device_put(
         (batch, index[rows].astype(np.uint32)), spread

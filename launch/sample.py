@@ -26,12 +26,21 @@ _INPUTS = flags.DEFINE_string(
   "inputs", None, "Recorded noise and embeddings (.npz), in place of prompts."
 )
 _OUT = flags.DEFINE_string("out", None, "Directory for the pictures.")
-_STEPS = flags.DEFINE_integer("num_steps", 20, "Denoising steps.")
+_STEPS = flags.DEFINE_integer(
+  "num_steps", None, "Denoising steps; default: the run's, or 20."
+)
 _HEIGHT = flags.DEFINE_integer("height", None, "Pixels; default: the run's.")
 _WIDTH = flags.DEFINE_integer("width", None, "Pixels; default: the run's.")
 _FRAMES = flags.DEFINE_integer("num_frames", None, "Of a video.")
-_SEED = flags.DEFINE_integer("seed", 0, "Seed of the noise.")
-_REPEATS = flags.DEFINE_integer("samples_per_prompt", 1, "Pictures a prompt.")
+_SEED = flags.DEFINE_integer(
+  "seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1
+)
+_REPEATS = flags.DEFINE_integer(
+  "samples_per_prompt", 1, "Pictures a prompt.", lower_bound=1
+)
+_BATCH = flags.DEFINE_integer(
+  "batch_size", None, "Samples made at once; default: the run's, or 64."
+)
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, "Classifier-free guidance; 1 is off."
 )
@@ -41,7 +50,9 @@ _EMBEDDED = flags.DEFINE_float(
 _NEGATIVE = flags.DEFINE_string(
   "negative_prompt", None, "What classifier-free guidance leads away from."
 )
-_FPS = flags.DEFINE_integer("fps", 16, "Frames per second of videos.")
+_FPS = flags.DEFINE_integer(
+  "fps", None, "Frames per second of videos; default: the run's, or 16."
+)
 _LORA = flags.DEFINE_string(
   "lora", None, "LoRA file in diffusers' form, for a pipeline directory."
 )
@@ -61,13 +72,22 @@ def main() -> None:
     "embedded_guidance": _EMBEDDED.value,
     "negative_prompt": _NEGATIVE.value,
   }
+  evaluation = {
+    "num_steps": _STEPS.value,
+    "fps": _FPS.value,
+    "batch_size": _BATCH.value,
+  }
   overrides = {
-    "sampling": {k: v for k, v in sampling.items() if v is not None},
-    "eval": {"num_steps": _STEPS.value, "fps": _FPS.value},
+    section: {k: v for k, v in values.items() if v is not None}
+    for section, values in (("sampling", sampling), ("eval", evaluation))
   }
   if _INPUTS.value:
     count = jobs.sample_recorded(
-      _CHECKPOINT.value, _INPUTS.value, _OUT.value, overrides=overrides
+      _CHECKPOINT.value,
+      _INPUTS.value,
+      _OUT.value,
+      overrides=overrides,
+      lora=_LORA.value,
     )
     print(f"{count} pictures and trajectory.npz in {_OUT.value}")
     return

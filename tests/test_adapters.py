@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import diffusers
 import jax
@@ -291,7 +292,8 @@ def run(tmp_path_factory):
     "ema": None,
   }
   checkpoints = Checkpoints(workdir / "checkpoints", 1)
-  checkpoints.save(1, state, {})
+  start = load.fingerprint(config.checkpoint)
+  checkpoints.save(1, state, {"checkpoint": start})
   checkpoints.close()
   text = json.dumps({"config": to_dict(config)})
   (workdir / "config.json").write_text(text)
@@ -332,6 +334,34 @@ def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
     lora.merge_lora(join(policy.trainable, frozen), settings["lora_alpha"]),
     lora.merge_lora(join(trained, frozen), 6.0),
   )
+
+
+def test_a_reader_leaves_what_is_being_written(run, tmp_path):
+  workdir = shutil.copytree(run[0], tmp_path / "run")
+  unfinished = workdir / "checkpoints" / "2.orbax-checkpoint-tmp"
+  unfinished.mkdir()
+  (unfinished / "array").write_bytes(b"1")
+  assert runs.open_policy(workdir).step == 1
+  assert (unfinished / "array").exists()
+  Checkpoints(workdir / "checkpoints").close()
+  assert not unfinished.exists()  # a run's own process takes over
+
+
+def test_a_run_of_other_files_is_not_opened(run, tmp_path):
+  workdir = shutil.copytree(run[0], tmp_path / "run")
+  moved = shutil.copytree(run[1].checkpoint, tmp_path / "flux")
+  config = to_dict(dataclasses.replace(run[1], checkpoint=str(moved)))
+  (workdir / "config.json").write_text(json.dumps({"config": config}))
+  assert runs.open_policy(workdir).step == 1
+  weights = moved / "transformer" / "diffusion_pytorch_model.safetensors"
+  tensors = load_file(weights)
+  tensors["proj_out.bias"] += 1
+  save_file(tensors, weights)
+  refused(
+    lambda: jobs.export_run(workdir, tmp_path / "out"),
+    "run was trained from other files than .*flux holds now",
+  )
+  assert not (tmp_path / "out").exists()
 
 
 def test_what_cannot_be_used(run, tmp_path):

@@ -166,6 +166,12 @@ def test_directories_that_are_no_set(encoder, tmp_path):
     cached_embeddings(encoder, PROMPTS, tmp_path / "notes.txt")
 
 
+def test_what_a_killed_writer_leaves_is_no_obstacle(encoder, tmp_path):
+  (tmp_path / ".embeddings.json.1234.tmp").write_text("{")
+  found = cached_embeddings(encoder, PROMPTS[:1], tmp_path)
+  assert_same(found, encoder.encode(PROMPTS[:1]))
+
+
 def test_nothing_is_written_before_something_is_encoded(pipeline, tmp_path):
   directory = tmp_path / "pipeline"
   shutil.copytree(pipeline, directory)

@@ -18,6 +18,7 @@ from digen_jax.config import Train, default_config, from_config_dict, to_dict
 from digen_jax.grpo.train_step import join
 from digen_jax.metrics import read_metrics
 from digen_jax.optimizer import make_optimizer
+from digen_jax.weights import load
 from tests import autoencoders, references, text_pipelines
 
 JOINT = dict(num_layers=2, attention_head_dim=24, num_attention_heads=2)
@@ -157,6 +158,46 @@ def test_lora_run(name, checkpoints, tmp_path):
     assert (tmp_path / "run" / "samples" / "step_000000.mp4").exists()
 
 
+PICTURES = """
+from digen_jax.rewards import takes_pil
+
+@takes_pil
+def brightness(images, prompts):
+  return [float(sum(image.getpixel((3, 5)))) for image in images]
+"""
+
+
+def test_one_frame_of_a_video_family_is_a_picture(checkpoints, tmp_path):
+  (tmp_path / "rewards.py").write_text(PICTURES)
+  config = family_config("wan", checkpoints("wan"), tmp_path)
+  config.steps, config.sampling.num_frames = 1, 1
+  config.reward = f"{tmp_path}/rewards.py:brightness"
+  config.train.lora_rank, config.train.lora_targets = 4, ("attn",)
+  check_run(config, tmp_path / "run")
+  assert not list((tmp_path / "run").rglob("*.mp4"))
+  count = jobs.sample_prompts(
+    tmp_path / "run",
+    tmp_path / "prompts.txt",
+    tmp_path / "out",
+    overrides={},
+    seed=0,
+    samples_per_prompt=1,
+  )
+  assert count == len(PROMPTS)
+  files = sorted(p.suffix for p in (tmp_path / "out").glob("0*"))
+  assert files == [".png"] * count
+
+
+def test_the_form_of_the_kl_goes_by_family(checkpoints, tmp_path):
+  for name, form in (("flux", "diffusion"), ("wan", "transition")):
+    config = family_config(name, checkpoints(name), tmp_path)
+    found = assemble(from_config_dict(config), weights=False).recipe
+    assert found.kl_form == form
+    config.train.kl_form = "diffusion"
+    found = assemble(from_config_dict(config), weights=False).recipe
+    assert found.kl_form == "diffusion"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("split", [(1, 1), (2, 6)])
 @pytest.mark.parametrize("lora", [0, 4])
@@ -206,7 +247,8 @@ def adapted_run(config, workdir):
     "ema": None,
   }
   checkpoints = Checkpoints(workdir / "checkpoints", 1)
-  checkpoints.save(1, state, {})
+  start = load.fingerprint(config.checkpoint)
+  checkpoints.save(1, state, {"checkpoint": start})
   checkpoints.close()
   text = json.dumps({"config": to_dict(config)})
   (workdir / "config.json").write_text(text)

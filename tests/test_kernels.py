@@ -271,6 +271,13 @@ def test_make_kernel(latents):
     dj.make_kernel("flow-sde", noise_level=0.6, sigma_max=MAX)
 
 
+def test_noise_levels_of_cps(latents):
+  x, v, _ = latents
+  for level in (-0.1, 1.1):
+    with pytest.raises(dj.UserError, match="flow_cps: noise_level must be in"):
+      dj.flow_cps(x, v, 0.8, 0.7, noise_level=level)
+
+
 def test_shapes_that_do_not_fit(latents):
   x, v, _ = latents
   with pytest.raises(dj.UserError, match="one shape"):

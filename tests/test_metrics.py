@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from digen_jax import metrics
+from digen_jax.config import Config
 from digen_jax.errors import UserError
 from digen_jax.metrics import (
   FIELDS,
@@ -28,6 +29,7 @@ from digen_jax.metrics import (
   scalars,
   truncate_metrics,
 )
+from digen_jax.run_files import RunFiles
 
 
 def row(step, **changes):
@@ -164,6 +166,40 @@ def test_tensorboard_has_the_numbers(tmp_path):
   assert (3, "reward/reward_mean", 0.625) in events
   assert (3, "lanes/busy_fraction/rollout", 0.75) in events
   assert (4, "eval/held_out/reward_mean", 0.75) in events
+
+
+def _purges(directory):
+  """Steps from which on TensorBoard forgets what earlier files say."""
+  from tensorboardX.proto.event_pb2 import Event, SessionLog
+
+  (path,) = directory.glob("events*")
+  data, at, found = path.read_bytes(), 0, []
+  while at < len(data):
+    (size,) = struct.unpack_from("<Q", data, at)
+    event = Event.FromString(data[at + 12 : at + 12 + size])
+    at += 16 + size
+    if event.session_log.status == SessionLog.START:
+      found.append(event.step)
+  return found
+
+
+@pytest.mark.parametrize("step", [0, 4])
+def test_tensorboard_forgets_what_is_done_again(step, tmp_path):
+  MetricsWriter(tmp_path, step=step).close()
+  assert _purges(tmp_path / "tensorboard") == [step]
+
+
+@pytest.mark.parametrize(("step", "kept"), [(0, []), (4, [(4, 0.75)])])
+def test_the_evaluation_at_the_resumed_step_stays(step, kept, tmp_path):
+  rows = [
+    {"step": s, "split": "held_out", "reward_mean": r}
+    for s, r in ((0, 0.5), (4, 0.75), (6, 0.875))
+  ]
+  (tmp_path / "evaluation.json").write_text(json.dumps(rows))
+  RunFiles(tmp_path, Config(), {}, step).close()
+  events = _events(tmp_path / "tensorboard")
+  tag = "eval/held_out/reward_mean"
+  assert [(s, value) for s, t, value in events if t == tag] == kept
 
 
 def test_a_tracker_that_is_missing_or_unknown(tmp_path, monkeypatch):

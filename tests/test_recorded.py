@@ -1,5 +1,7 @@
 """Recorded inputs of pipelines: layouts, and what is refused."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
@@ -59,6 +61,31 @@ def test_text_without_a_mask_is_never_padded():
   assert match_text(a, b) == (a, b)
 
 
+@pytest.mark.parametrize("lengths", [(3, 5), (5, 3), (4, 4)])
+@pytest.mark.parametrize("missing", ["prompts", "negative"])
+def test_a_mask_that_is_missing_is_all_true(lengths, missing):
+  a, b = (Conditioning(text=normal(1, n, 4)) for n in lengths)
+  mask = np.arange(lengths[missing == "prompts"])[None] < 2
+  if missing == "prompts":
+    b = dataclasses.replace(b, mask=mask)
+  else:
+    a = dataclasses.replace(a, mask=mask)
+  for found, given in zip(match_text(a, b), (a, b)):
+    length, real = max(lengths), given.text.shape[1]
+    assert found.text.shape == (1, length, 4)
+    np.testing.assert_array_equal(found.text[:, :real], given.text)
+    valid = real if given.mask is None else 2
+    np.testing.assert_array_equal(found.mask, np.arange(length)[None] < valid)
+
+
+def test_models_with_masks_get_them_where_lengths_differ():
+  a, b = (Conditioning(text=normal(1, n, 4)) for n in (3, 5))
+  prompts, negative = match_text(a, b, masked=True)
+  np.testing.assert_array_equal(prompts.mask, [[1, 1, 1, 0, 0]])
+  np.testing.assert_array_equal(negative.mask, [[1, 1, 1, 1, 1]])
+  assert match_text(a, a, masked=True) == (a, a)
+
+
 @pytest.mark.parametrize(
   ("arrays", "words"),
   [
@@ -82,3 +109,27 @@ def test_what_does_not_fit_is_one_line(arrays, words, tmp_path):
 def test_a_missing_file(tmp_path):
   with pytest.raises(UserError, match="cannot read"):
     read_recorded(tmp_path / "none.npz", (4, 6, 3))
+
+
+@pytest.mark.parametrize("kept", [0, 10, 300, -30, -100])
+def test_a_truncated_file(kept, tmp_path):
+  file = write(tmp_path, latents=normal(1, 3, 4, 6), prompt_embeds=normal(1, 2))
+  file.write_bytes(file.read_bytes()[:kept])
+  with pytest.raises(UserError, match=r"cannot read .*in\.npz") as error:
+    read_recorded(file, (4, 6, 3))
+  assert "\n" not in str(error.value)
+
+
+def test_damaged_bytes(tmp_path):
+  np.savez_compressed(tmp_path / "in.npz", latents=np.zeros((1, 3, 40, 60)))
+  content = bytearray((tmp_path / "in.npz").read_bytes())
+  content[60:90] = bytes(30)
+  (tmp_path / "in.npz").write_bytes(content)
+  with pytest.raises(UserError, match="cannot read"):
+    read_recorded(tmp_path / "in.npz", (4, 6, 3))
+
+
+def test_a_single_array(tmp_path):
+  np.save(tmp_path / "in.npy", normal(1, 3, 4, 6))
+  with pytest.raises(UserError, match="single array; write it with"):
+    read_recorded(tmp_path / "in.npy", (4, 6, 3))

@@ -203,6 +203,25 @@ def test_pil_images_on_request():
   np.testing.assert_array_equal(run(reward, images), [0, 128, 0])
 
 
+def test_videos_are_no_pil_images():
+  reward = rewards.takes_pil(lambda images, prompts: np.zeros(len(images)))
+  with pytest.raises(UserError, match=r"takes PIL images.*videos") as error:
+    run(reward, np.zeros((3, 2, 4, 4, 3), np.float32))
+  assert "\n" not in str(error.value)
+
+
+def test_rewards_cannot_change_what_others_see():
+  def reward(images, prompts):
+    images[:] = 0
+    return np.zeros(len(images))
+
+  for dtype in (np.float32, np.uint8):
+    images = np.ones((3, 4, 4, 3), dtype)
+    with pytest.raises(UserError, match="read-only"):
+      run(reward, images)
+    assert images.all() and images.flags.writeable
+
+
 def test_coroutine_functions_also_inside_a_running_loop():
   async def reward(images, prompts):
     await asyncio.sleep(0)

@@ -148,14 +148,9 @@ def test_config_of_a_checkpoint():
     ),
     (
       lambda: schedule_from_config(
-        {
-          "_class_name": "UniPCMultistepScheduler",
-          "use_flow_sigmas": True,
-          "shift_terminal": 0.1,
-        },
-        8,
+        {"_class_name": "UniPCMultistepScheduler"}, 8
       ),
-      "shift_terminal are not supported",
+      "use_flow_sigmas=false is not supported; set it to true",
     ),
   ],
 )
@@ -163,3 +158,41 @@ def test_bad_input_is_told_in_one_line(call, message):
   with pytest.raises(UserError, match=message) as error:
     call()
   assert "\n" not in str(error.value)
+
+
+EULER_ONLY = [("stochastic_sampling", True), ("invert_sigmas", True)]
+BOTH = [
+  ("num_train_timesteps", 500),
+  ("use_karras_sigmas", True),
+  ("use_exponential_sigmas", True),
+  ("use_beta_sigmas", True),
+]
+UNIPC_ONLY = [
+  ("solver_order", 3),
+  ("solver_type", "bh1"),
+  ("predict_x0", False),
+  ("disable_corrector", [0]),
+  ("lower_order_final", False),
+  ("thresholding", True),
+  ("prediction_type", "epsilon"),
+  ("final_sigmas_type", "sigma_min"),
+  ("use_dynamic_shifting", True),
+  ("shift_terminal", 0.1),
+]
+
+
+@pytest.mark.parametrize(
+  ("scheduler", "key", "value"),
+  [
+    *((FlowMatchEulerDiscreteScheduler, *kv) for kv in EULER_ONLY + BOTH),
+    *((UniPCMultistepScheduler, *kv) for kv in UNIPC_ONLY + BOTH),
+  ],
+)
+def test_what_would_change_the_sampler_is_refused(scheduler, key, value):
+  config = dict(scheduler().config) | {"_class_name": scheduler.__name__}
+  if scheduler is UniPCMultistepScheduler:
+    config |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+  assert key in config  # diffusers knows it by this name
+  assert schedule_from_config(config, 4).shape == (5,)
+  with pytest.raises(UserError, match=f"{key}=.* is not supported; set it"):
+    schedule_from_config(config | {key: value}, 4)

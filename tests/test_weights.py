@@ -260,6 +260,27 @@ def test_pipeline_config(pipeline):
     load.load_pipeline_config(pipeline, parts)
 
 
+@pytest.mark.parametrize(
+  ("key", "value", "fine"),
+  [
+    ("transformer_2", ["diffusers", "WanTransformer3DModel"], [None, None]),
+    ("boundary_ratio", 0.875, None),
+    ("boundary_ratio", 0.0, None),
+    ("expand_timesteps", True, False),
+  ],
+)
+def test_pipelines_of_several_denoisers(pipeline, key, value, fine):
+  parts = ("transformer", "vae", "scheduler")
+  file = pipeline / "model_index.json"
+  index = json.loads(file.read_text())
+  file.write_text(json.dumps(index | {key: fine}))
+  load.load_pipeline_config(pipeline, parts)
+  file.write_text(json.dumps(index | {key: value}))
+  with pytest.raises(UserError, match=f"{key}=.*not supported") as error:
+    load.load_pipeline_config(pipeline, parts)
+  assert "\n" not in str(error.value)
+
+
 @pytest.mark.parametrize("shard_bytes", [export.MAX_SHARD_BYTES, 100_000])
 def test_diffusers_loads_what_we_save(reference, saved, tmp_path, shard_bytes):
   model = load.load_model(saved)
@@ -276,6 +297,33 @@ def test_diffusers_loads_what_we_save(reference, saved, tmp_path, shard_bytes):
   assert actual.keys() == expected.keys()
   for name, tensor in actual.items():
     torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)
+
+
+def test_a_shard_is_written_as_soon_as_it_is_full(saved, tmp_path, monkeypatch):
+  made, held, to_tensors, save = [], [], export._to_tensors, export._save
+
+  def count(*args):
+    for name, tensor in to_tensors(*args):
+      made.append(tensor.nbytes)
+      yield name, tensor
+
+  def look(file, tensors):
+    held.append((sum(made), sum(t.nbytes for t in tensors.values())))
+    save(file, tensors)
+
+  monkeypatch.setattr(export, "_to_tensors", count)
+  monkeypatch.setattr(export, "_save", look)
+  model = load.load_model(saved)
+  raw = model.family.config_dict(model.config)
+  limit = 100_000
+  export.save_module(tmp_path / "o", model.params, raw, max_shard_bytes=limit)
+  written = 0
+  assert len(held) > 2
+  for total, size in held:
+    assert total - written - size <= max(made)  # one more, that did not fit
+    written += size
+  assert written == sum(made)
+  assert not list((tmp_path / "o").glob("*.part"))
 
 
 def test_autoencoder_round_trip(tmp_path):

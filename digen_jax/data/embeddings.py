@@ -106,7 +106,10 @@ class Rows:
 
 
 def match_text(
-  prompts: Conditioning, negative: Conditioning | None
+  prompts: Conditioning,
+  negative: Conditioning | None,
+  *,
+  masked: bool = False,
 ) -> tuple[Conditioning, Conditioning | None]:
   """Pads the shorter text, so that both can share a batch.
 
@@ -116,18 +119,26 @@ def match_text(
   Args:
     prompts: [B, T, ...] conditioning.
     negative: [1 or B, T', ...] conditioning; None is handed back.
+    masked: whether the model takes a mask; it does where either has one. One
+      that is missing is all True.
   """
-  if negative is None or prompts.mask is None:
+  if negative is None:
     return prompts, negative
-  length = max(prompts.text.shape[1], negative.text.shape[1])
+  masks = [c.mask is not None for c in (prompts, negative)]
+  lengths = [c.text.shape[1] for c in (prompts, negative)]
+  if not any(masks) and (not masked or lengths[0] == lengths[1]):
+    return prompts, negative
+  length = max(lengths)
   return _padded(prompts, length), _padded(negative, length)
 
 
 def _padded(conditioning: Conditioning, length: int) -> Conditioning:
   text, mask = conditioning.text, conditioning.mask
   missing = length - text.shape[1]
-  if not missing:
+  if not missing and mask is not None:
     return conditioning
+  if mask is None:
+    mask = np.ones(text.shape[:2], bool)
   if isinstance(text, Rows):
     shape = (text.shape[0], length, *text.shape[2:])
     text = dataclasses.replace(text, shape=shape)
@@ -180,7 +191,8 @@ def check_set(encoder: PromptEncoder, directory: Path) -> None:
   if not directory.is_dir():
     raise UserError(f"{directory} is a file; name a directory for embeddings")
   if not (directory / MANIFEST).exists():
-    if any(directory.iterdir()):
+    # What a killed writer leaves is hidden.
+    if any(not path.name.startswith(".") for path in directory.iterdir()):
       raise UserError(
         f"{directory} is not empty and has no {MANIFEST}: name another "
         "directory for embeddings"

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from digen_jax.errors import UserError
+from digen_jax.npz import read_npz
 from digen_jax.types import Conditioning
 
 
@@ -54,13 +55,7 @@ def read_recorded(file: str | Path, latent_shape: tuple[int, ...]) -> Recorded:
   Raises:
     UserError: no such file, an array it lacks, or latents of another size.
   """
-  try:
-    with np.load(file, allow_pickle=False) as archive:
-      arrays = {
-        name: archive[name] for name in archive.files if _is_input(name)
-      }
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f"cannot read {file}: {error}") from error
+  arrays = read_npz(file, _is_input)
   for name in ("latents", "prompt_embeds"):
     if name not in arrays:
       raise UserError(

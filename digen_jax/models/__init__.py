@@ -29,6 +29,7 @@ class Family:
     fixed: keys of `config.json` of which one value is supported.
     ignored: keys of `config.json` without influence on the computation.
     video: whether latents have frames, [B, f, h, w, c].
+    masks_text: whether padding of the text is masked.
     schedule_base: see `sampling.schedule_from_config`.
     rescale_guidance: see `types.Guidance`.
   """
@@ -41,6 +42,7 @@ class Family:
   fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   video: bool = False
+  masks_text: bool = False
   schedule_base: Literal["uniform", "table"] = "uniform"
   rescale_guidance: bool = False
 
@@ -78,6 +80,7 @@ FAMILIES = {
       qwen_image.qwen_image_apply,
       fixed=qwen_image.FIXED,
       ignored=("pooled_projection_dim",),  # published, of an unused embedder
+      masks_text=True,
       rescale_guidance=True,
     ),
     Family(
@@ -106,6 +109,7 @@ FAMILIES = {
       hunyuan_video.hunyuan_video_apply,
       fixed=hunyuan_video.FIXED,
       video=True,
+      masks_text=True,
     ),
   )
 }

@@ -3,7 +3,8 @@
 A reward is a function `(images, prompts) -> rewards`:
 
   images: [N, H, W, 3] float32 in [0, 1] (videos: [N, T, H, W, 3]), a NumPy
-    array; with the decorator `takes_pil` a list of N PIL images instead.
+    array that is read-only, as other rewards see the same one; with the
+    decorator `takes_pil` a list of N PIL images instead (no videos).
   prompts: list of N strings.
   rewards: N finite real numbers, as anything NumPy can read; higher is better.
 
@@ -132,20 +133,16 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
 
   Raises:
     UserError: the reward raised, or answered with the wrong length, with
-      something that is not numbers, or with NaN or infinity.
+      something that is not numbers, or with NaN or infinity; or it takes PIL
+      images and there are videos.
   """
   if len(images) != len(prompts):
     raise UserError(
       f'reward "{reward.name}" was given {len(images)} images and '
       f"{len(prompts)} prompts: give one prompt per image"
     )
-  images = np.asarray(images)
-  if getattr(reward.function, "takes_pil", False):
-    images = [Image.fromarray(image) for image in to_uint8(images)]
-  elif images.dtype == np.uint8:
-    images = images.astype(np.float32) / 255
   try:
-    answer = reward.function(images, list(prompts))
+    answer = reward.function(_as_taken(reward, images), list(prompts))
     if inspect.isawaitable(answer):
       answer = _wait(answer)
   except UserError:
@@ -157,6 +154,25 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
       "the reward function"
     ) from error
   return _checked(answer, reward.name, prompts)
+
+
+def _as_taken(
+  reward: Reward, images: np.ndarray
+) -> np.ndarray | list[Image.Image]:
+  """Images in the form that a reward takes."""
+  images = np.asarray(images)
+  if getattr(reward.function, "takes_pil", False):
+    if images.ndim != 4:
+      raise UserError(
+        f'reward "{reward.name}" takes PIL images, and these are videos of '
+        f"shape {images.shape}: drop `takes_pil` and read the array"
+      )
+    return [Image.fromarray(image) for image in to_uint8(images)]
+  if images.dtype == np.uint8:
+    images = images.astype(np.float32) / 255
+  images = images.view()
+  images.flags.writeable = False
+  return images
 
 
 def _checked(answer: object, name: str, prompts: list[str]) -> np.ndarray:

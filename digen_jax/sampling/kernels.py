@@ -177,7 +177,14 @@ def flow_cps(
 
   Returns:
     The transition, with density "residual".
+
+  Raises:
+    UserError: noise_level outside of [0, 1].
   """
+  if not 0 <= noise_level <= 1:
+    raise UserError(
+      f"flow_cps: noise_level must be in [0, 1], got {noise_level}"
+    )
   x, v, step = _aligned(x, v, sigma, sigma_next)
   angle = noise_level * (math.pi / 2)
   clean, noise = x - step.s * v, x + step.one_minus_s * v
@@ -198,7 +205,8 @@ def make_kernel(
     sigma_max: the second entry of the sigma schedule; only Flow-SDE uses it.
 
   Raises:
-    UserError: the name is not known.
+    UserError: the name is not known; the kernel, when it is called, for
+      a noise level it cannot have.
   """
   kernels = {
     "flow_sde": functools.partial(

@@ -6,6 +6,7 @@ diffusers pipeline of the same checkpoint stand on the same grid.
 """
 
 import difflib
+import json
 import math
 import operator
 from collections.abc import Mapping
@@ -37,12 +38,33 @@ _CONFIGS: dict[str, dict[str, Any]] = {
 # What their pipelines hand to the scheduler, see `schedule_from_config`.
 _TABLE_FAMILIES = ("sd3",)
 _FAMILIES = (*_CONFIGS, "dance")
-_UNSUPPORTED = (
-  "invert_sigmas",
-  "use_karras_sigmas",
-  "use_exponential_sigmas",
-  "use_beta_sigmas",
-)
+_TRAIN_STEPS = 1000  # a model is told thousandths of the noise level
+# Entries of which one value is supported; those that are absent have it.
+_FIXED_OF_BOTH = {
+  "num_train_timesteps": _TRAIN_STEPS,
+  "use_karras_sigmas": False,
+  "use_exponential_sigmas": False,
+  "use_beta_sigmas": False,
+}
+_FIXED = {
+  "FlowMatchEulerDiscreteScheduler": _FIXED_OF_BOTH
+  | {"invert_sigmas": False, "stochastic_sampling": False},
+  "UniPCMultistepScheduler": _FIXED_OF_BOTH
+  | {
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "predict_x0": True,
+    "solver_order": 2,
+    "solver_type": "bh2",
+    "solver_p": None,
+    "lower_order_final": True,
+    "disable_corrector": [],
+    "thresholding": False,
+    "final_sigmas_type": "zero",
+    "use_dynamic_shifting": False,
+    "shift_terminal": None,
+  },
+}
 _PIXELS_PER_TOKEN = 16  # 8x autoencoder, 2x2 latent patches
 
 
@@ -130,20 +152,18 @@ def schedule_from_config(
   """
   num_steps = _checked_steps(num_steps)
   name = config.get("_class_name", "FlowMatchEulerDiscreteScheduler")
-  for option in _UNSUPPORTED:
-    if config.get(option):
-      raise UserError(
-        f"scheduler_config.json: {option}=true is not supported; set it to "
-        "false"
-      )
-  if name == "UniPCMultistepScheduler" and config.get("use_flow_sigmas"):
-    return _unipc_flow(config, num_steps)
-  if name != "FlowMatchEulerDiscreteScheduler":
+  if name not in _FIXED:
     raise UserError(
       f"scheduler_config.json: scheduler {name!r} is not supported; use "
       "FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with "
       "use_flow_sigmas=true"
     )
+  unipc = name == "UniPCMultistepScheduler"
+  if unipc:  # the class has another default
+    config = {"use_flow_sigmas": False, **config}
+  _check_fixed(config, _FIXED[name])
+  if unipc:
+    return _unipc_flow(config, num_steps)
   sigmas = _euler_base(config, num_steps, base)
   if config.get("use_dynamic_shifting"):
     sigmas = _dynamic_shift(sigmas, config, seq_len)
@@ -154,30 +174,33 @@ def schedule_from_config(
   return np.append(sigmas.astype(np.float32), np.float32(0))
 
 
+def _check_fixed(config: Mapping[str, Any], fixed: Mapping[str, Any]) -> None:
+  for key, wanted in fixed.items():
+    value = config.get(key, wanted)
+    if value != wanted and (value or wanted):  # null is as good as false
+      raise UserError(
+        f"scheduler_config.json: {key}={json.dumps(value)} is not supported; "
+        f"set it to {json.dumps(wanted)}"
+      )
+
+
 def _euler_base(
   config: Mapping[str, Any], num_steps: int, base: str
 ) -> np.ndarray:
   """[n] levels before the shift."""
   if base == "uniform":
     return np.linspace(1, 1 / num_steps, num_steps).astype(np.float32)
-  train_steps = config.get("num_train_timesteps", 1000)
-  table = np.arange(train_steps, 0, -1, dtype=np.float32)
-  table = table / np.float32(train_steps)
+  table = np.arange(_TRAIN_STEPS, 0, -1, dtype=np.float32)
+  table = table / np.float32(_TRAIN_STEPS)
   if not config.get("use_dynamic_shifting"):
     table = _shifted(table, config.get("shift", 1.0))
-  ends = float(table[0]) * train_steps, float(table[-1]) * train_steps
-  return np.linspace(*ends, num_steps) / train_steps
+  ends = float(table[0]) * _TRAIN_STEPS, float(table[-1]) * _TRAIN_STEPS
+  return np.linspace(*ends, num_steps) / _TRAIN_STEPS
 
 
 def _unipc_flow(config: Mapping[str, Any], num_steps: int) -> np.ndarray:
   """Wan's schedule; UniPC takes log(1 - sigma), so it starts below 1."""
-  if config.get("use_dynamic_shifting") or config.get("shift_terminal"):
-    raise UserError(
-      "scheduler_config.json: use_dynamic_shifting and shift_terminal are not "
-      "supported for UniPCMultistepScheduler; remove them"
-    )
-  train_steps = config.get("num_train_timesteps", 1000)
-  sigmas = np.linspace(1, 1 / train_steps, num_steps + 1)[:-1]
+  sigmas = np.linspace(1, 1 / _TRAIN_STEPS, num_steps + 1)[:-1]
   sigmas = _shifted(sigmas, config.get("flow_shift", 1.0))
   sigmas[0] -= 1e-6
   return np.append(sigmas, 0).astype(np.float32)

@@ -132,28 +132,53 @@ def _write_module(
   if class_name not in names.NAME_MAPS:
     raise UserError(f"cannot write a {class_name!r}: its names are unknown")
   tensors = _to_tensors(params, names.NAME_MAPS[class_name], np.dtype(dtype))
-  shards: list[dict[str, np.ndarray]] = [{}]
-  size = 0
-  for name, tensor in tensors:
-    if shards[-1] and size + tensor.nbytes > max_shard_bytes:
-      shards.append({})
-      size = 0
-    shards[-1][name] = tensor
-    size += tensor.nbytes
   _write_json(directory / "config.json", config)
-  if len(shards) == 1:
-    _save(directory / f"{FILE_STEM}.safetensors", shards[0])
+  sizes = _write_shards(directory, tensors, max_shard_bytes)
+  if len(sizes) == 1:
+    (directory / _part(1)).rename(directory / f"{FILE_STEM}.safetensors")
     return
   weight_map = {}
-  for number, shard in enumerate(shards, 1):
-    file = f"{FILE_STEM}-{number:05d}-of-{len(shards):05d}.safetensors"
-    _save(directory / file, shard)
-    weight_map |= dict.fromkeys(shard, file)
-  total = sum(t.nbytes for shard in shards for t in shard.values())
+  for number, names_of_shard in enumerate(sizes, 1):
+    file = f"{FILE_STEM}-{number:05d}-of-{len(sizes):05d}.safetensors"
+    (directory / _part(number)).rename(directory / file)
+    weight_map |= dict.fromkeys(names_of_shard, file)
+  total = sum(sum(shard.values()) for shard in sizes)
   _write_json(
     directory / f"{FILE_STEM}.safetensors.index.json",
     {"metadata": {"total_size": total}, "weight_map": weight_map},
   )
+
+
+def _write_shards(
+  directory: Path,
+  tensors: Iterator[tuple[str, np.ndarray]],
+  max_shard_bytes: int,
+) -> list[dict[str, int]]:
+  """Writes every shard as soon as it is full: the host never holds two.
+
+  Returns:
+    Of each shard, its tensors' sizes in bytes by name. Its file is `_part`: how
+    many there are, which the final names say, shows at the end.
+  """
+  sizes: list[dict[str, int]] = []
+  shard: dict[str, np.ndarray] = {}
+
+  def write() -> None:
+    sizes.append({name: tensor.nbytes for name, tensor in shard.items()})
+    _save(directory / _part(len(sizes)), shard)
+    shard.clear()
+
+  for name, tensor in tensors:
+    size = sum(t.nbytes for t in shard.values())
+    if shard and size + tensor.nbytes > max_shard_bytes:
+      write()
+    shard[name] = tensor
+  write()
+  return sizes
+
+
+def _part(number: int) -> str:
+  return f"{number:05d}.part"
 
 
 def _to_tensors(

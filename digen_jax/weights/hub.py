@@ -12,11 +12,16 @@ from digen_jax.errors import UserError
 # owner/name, or owner/name@revision.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
 # Configurations, tokenizers, and the weights of a module or of a pipeline's
-# components: no pickles, no code, and not the single files of everything that
-# often lie beside a pipeline. `*` matches slashes too.
+# components: no pickles, no code, and not the single files that often lie
+# beside a pipeline, or in a folder of it. `*` matches slashes too.
+ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
 PATTERNS = (
-  *("*.json", "*.txt", "*.model", "*/*.safetensors"),
+  *("*.json", "*.txt", "*.model"),
   *("diffusion_pytorch_model*.safetensors", "model*.safetensors"),
+  *(
+    f"{d}/diffusion_pytorch_model*.safetensors" for d in ("transformer", "vae")
+  ),
+  *(f"{d}/model*.safetensors" for d in ENCODERS),
 )
 # The same weights in other precisions.
 IGNORED = ("*.fp16*.safetensors", "*.non_ema*.safetensors")

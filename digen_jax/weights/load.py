@@ -55,6 +55,9 @@ COMPONENT_FILES = {
   "tokenizer_3": (TOKENIZER,),
 }
 
+# Of a pipeline's index: denoisers of Wan2.2, where this is not null or false.
+UNSUPPORTED = ("transformer_2", "boundary_ratio", "expand_timesteps")
+
 READERS = 4  # threads; each has one tensor under way
 FINGERPRINTED = (".json", ".safetensors")
 SAMPLED_BYTES = 2**20
@@ -88,8 +91,8 @@ def load_pipeline_config(
       lists.
 
   Raises:
-    UserError: no pipeline, one of another family, or missing files (all of
-      them are listed).
+    UserError: no pipeline, one of another family or with more than one
+      denoiser, or missing files (all of them are listed).
   """
   path = local_checkpoint(path)
   if not (path / "model_index.json").exists():
@@ -105,6 +108,7 @@ def load_pipeline_config(
       f"{path} holds a {name}, which is not supported; supported: "
       f"{', '.join(sorted(pipelines))}"
     )
+  _check_one_denoiser(path, index)
   if components is None:
     components = [
       c for c in COMPONENT_FILES if c in CORE or any(index.get(c) or ())
@@ -125,6 +129,18 @@ def load_pipeline_config(
   if "scheduler" in components:
     scheduler = read_json(path / "scheduler" / "scheduler_config.json")
   return PipelineConfig(path, pipelines[name], index, scheduler)
+
+
+def _check_one_denoiser(path: Path, index: Mapping[str, Any]) -> None:
+  for key in UNSUPPORTED:
+    value = index.get(key)
+    parts = value if isinstance(value, list) else [value]
+    if any(part is not None and part is not False for part in parts):
+      raise UserError(
+        f"{path}/model_index.json has {key}={json.dumps(value)}, and the two "
+        "denoisers and times of single tokens of Wan2.2 are not supported: "
+        "give a pipeline without it, e.g. one of Wan2.1"
+      )
 
 
 def load_model(

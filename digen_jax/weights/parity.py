@@ -18,6 +18,7 @@ from flax import nnx
 from digen_jax.errors import UserError
 from digen_jax.models import vae
 from digen_jax.models.layers import Params
+from digen_jax.npz import read_npz
 from digen_jax.weights import load
 
 FLOOR = 2e-5
@@ -67,7 +68,7 @@ def check_case(directory: str | Path) -> list[Comparison]:
     load.module_directory(directory, "transformer") / "config.json"
   )
   inputs, outputs = (
-    _read_npz(directory / f"{name}.npz") for name in ("inputs", "outputs")
+    read_npz(directory / f"{name}.npz") for name in ("inputs", "outputs")
   )
   meta = directory / "meta.json"
   meta = load.read_json(meta) if meta.exists() else {}
@@ -298,14 +299,6 @@ RUNNERS = {
   "WanTransformer3DModel": _run_wan,
   "HunyuanVideoTransformer3DModel": _run_hunyuan_video,
 } | dict.fromkeys(vae.FAMILIES, _run_autoencoder)
-
-
-def _read_npz(file: Path) -> Arrays:
-  try:
-    with np.load(file, allow_pickle=False) as archive:
-      return dict(archive)
-  except (OSError, ValueError, EOFError) as error:
-    raise UserError(f"cannot read {file}: {error}") from error
 
 
 def _get(inputs: Arrays, key: str, directory: Path) -> np.ndarray:

@@ -1,0 +1,139 @@
+"""launch/sample.py: its flags, its encoders, recorded inputs with adapters."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from digen_jax import assemble, assets, jobs
+from digen_jax.errors import UserError
+from digen_jax.models import lora
+from digen_jax.weights import load
+from digen_jax.weights.adapters import save_adapters
+from tests.references import normal
+
+ROOT = Path(__file__).parents[1]
+FLUX = assets.path("tiny_flux")
+SMALL = {"sampling": {"height": 16, "width": 16}, "eval": {"num_steps": 2}}
+SCRIPT = """
+import json
+from digen_jax import jobs
+from digen_jax.launching import run_main
+from launch import sample
+
+def show(*args, **options):
+  print(json.dumps(options))
+  return 0
+
+jobs.sample_prompts = jobs.sample_recorded = show
+run_main(sample.main)
+"""
+
+
+def options(*flags):
+  """What the script hands to `jobs`, or its line of error."""
+  done = subprocess.run(
+    [sys.executable, "-c", SCRIPT, "--checkpoint=c", "--out=o", *flags],
+    capture_output=True,
+    text=True,
+    check=False,
+    cwd=ROOT,
+  )
+  if done.returncode:
+    return done.stderr
+  return json.loads(done.stdout.splitlines()[0])
+
+
+def test_what_no_flag_says_is_left_to_the_run():
+  found = options("--prompts=p")
+  assert found["overrides"]["eval"] == {}
+  assert found["seed"] == 0
+
+
+def test_flags_reach_both_ways_of_sampling():
+  found = options(
+    "--inputs=i",
+    "--num_steps=7",
+    "--fps=3",
+    "--batch_size=2",
+    "--lora=f",
+  )
+  assert found["overrides"]["eval"] == {
+    "num_steps": 7,
+    "fps": 3,
+    "batch_size": 2,
+  }
+  assert found["lora"] == "f"
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32])
+def test_seeds_are_of_32_bits(seed):
+  line = options("--prompts=p", f"--seed={seed}")
+  assert line.startswith("error: ") and "--seed" in line
+  assert len(line.splitlines()) == 1
+
+
+def test_overrides_are_checked(tmp_path):
+  (tmp_path / "p.txt").write_text("a red circle\n")
+  with pytest.raises(UserError, match=r"eval\.num_steps must be at least 1"):
+    jobs.sample_prompts(
+      FLUX,
+      tmp_path / "p.txt",
+      tmp_path / "out",
+      overrides={"eval": {"num_steps": 0}},
+      seed=0,
+      samples_per_prompt=1,
+    )
+
+
+def test_text_encoders_are_read_once_with_guidance(tmp_path, monkeypatch):
+  opened, real = [], assemble.load_prompt_encoder
+
+  def count(*args, **options):
+    opened.append(args)
+    return real(*args, **options)
+
+  monkeypatch.setattr(assemble, "load_prompt_encoder", count)
+  (tmp_path / "p.txt").write_text("a red circle\n")
+  jobs.sample_prompts(
+    FLUX,
+    tmp_path / "p.txt",
+    tmp_path / "out",
+    overrides=SMALL | {"sampling": SMALL["sampling"] | {"guidance_scale": 2.0}},
+    seed=0,
+    samples_per_prompt=1,
+  )
+  assert len(opened) == 1
+
+
+def test_recorded_inputs_with_adapters(tmp_path):
+  model = load.load_model(FLUX)
+  vae = load.load_abstract_autoencoder(FLUX).config
+  side = 16 // vae.downscale
+  np.savez(
+    tmp_path / "in.npz",
+    latents=normal(0, 1, vae.latent_channels, side, side),
+    prompt_embeds=normal(1, 1, 5, model.config.joint_attention_dim),
+    pooled_prompt_embeds=normal(2, 1, model.config.pooled_projection_dim),
+  )
+  adapted = lora.adapt(
+    model, rank=2, alpha=2.0, targets=("attn",), key=jax.random.key(0)
+  )
+  params = jax.tree.map_with_path(
+    lambda path, x: jnp.ones_like(x) if path[-1].key == "lora_b" else x,
+    adapted.params,
+  )
+  save_adapters(tmp_path / "lora", params, model.family.class_name, alpha=2.0)
+  found = []
+  for name, file in (("plain", None), ("adapted", tmp_path / "lora")):
+    out = tmp_path / name
+    jobs.sample_recorded(
+      FLUX, tmp_path / "in.npz", out, overrides=SMALL, lora=file
+    )
+    found.append(np.load(out / "trajectory.npz")["latents_after_step"])
+  assert np.abs(found[0] - found[1]).max() > 1e-3
