@@ -6,6 +6,7 @@ given. `Recipe` holds what is static in a run.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from digen_jax.grpo.train_step import join, train_step
 from digen_jax.optimizer import ema_update
+from digen_jax.parallel.mesh import one_by_one
 from digen_jax.sampling.denoise import Apply
 from digen_jax.sampling.kernels import Kernel, make_kernel
 from digen_jax.sampling.rollout import initial_latents, rollout
@@ -46,6 +49,8 @@ class Recipe:
     kl_weight: weight of the KL to the reference; 0 leaves it out.
     rows_per_update: trained transitions of one optimiser update.
     ema_decay: of the averaged parameters; 0 leaves them out.
+    sequential: whether a device decodes its samples one after the other.
+    mesh: where it runs, once that is known.
   """
 
   apply: Apply
@@ -64,6 +69,8 @@ class Recipe:
   kl_weight: float
   rows_per_update: int
   ema_decay: float
+  sequential: bool = False
+  mesh: Mesh | None = None
 
   @property
   def kernel(self) -> Kernel:
@@ -133,7 +140,7 @@ def generate(
     window=(start, recipe.window),
     guidance=_guidance(recipe, negative, rows.shape[0]),
   )
-  return trajectory, _images(recipe, decoder, trajectory.final)
+  return trajectory, _decode(recipe, decoder, trajectory.final)
 
 
 def sample(
@@ -168,7 +175,7 @@ def sample(
   noise = initial_latents(keys, (index.shape[0], *recipe.latent_shape))
   params = join(trainable, frozen)
   latents = denoise(recipe, params, noise, prompts, negative)
-  return _images(recipe, decoder, latents)
+  return _decode(recipe, decoder, latents)
 
 
 def denoise(
@@ -305,6 +312,14 @@ def _guidance(
     jnp.float32(recipe.guidance_scale),
     rescale=recipe.rescale_guidance,
   )
+
+
+def _decode(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:
+  """[B, ...] latents -> [B, ...] uint8 pictures."""
+  images = functools.partial(_images, recipe)
+  if recipe.sequential and recipe.mesh is not None:
+    images = one_by_one(images, recipe.mesh)
+  return images(decoder, latents)
 
 
 def _images(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:
