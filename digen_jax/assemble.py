@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from digen_jax.config import Config
 from digen_jax.data.embeddings import cached_embeddings
@@ -15,13 +17,17 @@ from digen_jax.errors import UserError
 from digen_jax.island import Weights
 from digen_jax.metrics import pace_reporter
 from digen_jax.models import Model, lora
-from digen_jax.models.vae import Autoencoder
+from digen_jax.models.layers import Axes
+from digen_jax.models.vae import Autoencoder, Tiling
+from digen_jax.parallel.mesh import make_meshes
+from digen_jax.parallel.rules import ROLLOUT, Rules, param_shardings
 from digen_jax.pipeline.units import Workload
 from digen_jax.policy import Recipe
 from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import load_adapters
 from digen_jax.weights.load import (
+  PipelineConfig,
   load_abstract,
   load_abstract_autoencoder,
   load_autoencoder,
@@ -72,46 +78,56 @@ def workload(config: Config) -> Workload:
   )
 
 
-def assemble(config: Config, *, weights: bool = True) -> Assembly:
+def training_mesh(config: Config) -> Mesh:
+  """The mesh, in this process, of the lane that trains.
+
+  Raises:
+    UserError: the devices do not suffice.
+  """
+  mesh = config.mesh
+  meshes = make_meshes(config.pipeline.mode, mesh.rollout, mesh.trainer)
+  return meshes["trainer" if "trainer" in meshes else "colocated"]
+
+
+def assemble(
+  config: Config,
+  *,
+  weights: bool = True,
+  mesh: Mesh | None = None,
+  rules: Rules = ROLLOUT,
+  training: bool = True,
+) -> Assembly:
   """Loads the checkpoint of a config and prepares it for training.
+
+  No device ever holds more of the denoiser than its part of the layout.
 
   Args:
     config: the run.
     weights: False leaves the weights on disk: the assembly has none.
+    mesh: where to load them; None means the default device.
+    rules: layout of the denoiser on the mesh; the decoder is on every device.
+    training: False keeps all parameters as they are computed with, in
+      `config.dtype.compute`: enough for sampling.
 
   Raises:
     UserError: the checkpoint is incomplete, damaged or of another family; the
       image size does not fit the model; LoRA targets match nothing; a LoRA
-      file does not fit.
+      file does not fit; the mesh cuts what cannot be cut.
   """
   pipeline = load_pipeline_config(config.checkpoint)
   if not weights:
     model = load_abstract(config.checkpoint, dtype=config.dtype.compute)
-    autoencoder = load_abstract_autoencoder(config.checkpoint)
+    autoencoder = load_abstract_autoencoder(
+      config.checkpoint, **_decoding(config, pipeline)
+    )
     recipe = _recipe(config, model, autoencoder, pipeline)
     return Assembly(config, model, autoencoder, None, recipe, workload(config))
-  train = config.train
-  adapted = train.lora_rank > 0
-  model = load_model(
-    config.checkpoint,
-    dtype=config.dtype.compute,
-    # What is trained is kept in float32; a frozen base only as it is used.
-    param_dtype=config.dtype.compute if adapted else "float32",
-    remat=train.remat,
+  model = _denoiser(config, mesh, rules, training)
+  autoencoder = load_autoencoder(
+    config.checkpoint, mesh=mesh, **_decoding(config, pipeline)
   )
-  if adapted:
-    model = lora.adapt(
-      model,
-      rank=train.lora_rank,
-      alpha=train.lora_alpha,
-      targets=train.lora_targets,
-      key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
-    )
-    if train.lora_init:
-      model = load_adapters(model, train.lora_init, alpha=train.lora_alpha)
-  autoencoder = load_autoencoder(config.checkpoint)
   trainable, frozen = lora.split_trainable(
-    model.params, "lora" if adapted else "full"
+    model.params, "lora" if config.train.lora_rank else "full"
   )
   parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
   recipe = _recipe(config, model, autoencoder, pipeline)
@@ -121,8 +137,46 @@ def assemble(config: Config, *, weights: bool = True) -> Assembly:
 LORA_STREAM = 0x4C4F5241
 
 
+def _denoiser(
+  config: Config, mesh: Mesh | None, rules: Rules, training: bool
+) -> Model:
+  """The model of a config with its adapters; arguments as for `assemble`."""
+  train = config.train
+  adapted = train.lora_rank > 0
+  model = load_model(
+    config.checkpoint,
+    dtype=config.dtype.compute,
+    # What is trained is kept in float32; a frozen base only as it is used.
+    param_dtype="float32" if training and not adapted else None,
+    remat=train.remat,
+    mesh=mesh,
+    rules=rules,
+  )
+  if not adapted:
+    return model
+
+  def sharding(shape: tuple[int, ...], axes: Axes) -> NamedSharding:
+    leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
+    return param_shardings(mesh, axes, leaf, rules)
+
+  model = lora.adapt(
+    model,
+    rank=train.lora_rank,
+    alpha=train.lora_alpha,
+    targets=train.lora_targets,
+    key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
+    sharding=None if mesh is None else sharding,
+  )
+  if not train.lora_init:
+    return model
+  return load_adapters(model, train.lora_init, alpha=train.lora_alpha)
+
+
 def _recipe(
-  config: Config, model: Model, autoencoder: Autoencoder, pipeline: Any
+  config: Config,
+  model: Model,
+  autoencoder: Autoencoder,
+  pipeline: PipelineConfig,
 ) -> Recipe:
   sampling, work, family = config.sampling, workload(config), model.family
   shape = _latent_shape(config, model, autoencoder)
@@ -155,6 +209,17 @@ def _recipe(
     rows_per_update=work.rows_per_update,
     ema_decay=config.train.ema_decay,
     eval_batch_size=config.eval.batch_size,
+    sequential=autoencoder.config.sequential,
+  )
+
+
+def _decoding(config: Config, pipeline: PipelineConfig) -> dict[str, Any]:
+  """`config.vae` as `load_autoencoder` takes it."""
+  when, size = config.vae.sequential, config.vae.tiling
+  videos = when == "videos" and pipeline.family.video
+  return dict(
+    sequential=when == "always" or videos,
+    tiling=Tiling(size, size * 3 // 4) if size else None,
   )
 
 
@@ -180,6 +245,12 @@ def _latent_shape(
         f"config.sampling.{name}={size} must be a positive multiple of {unit} "
         "for this checkpoint (autoencoder downscaling x latent patch)"
       )
+  if config.vae.tiling % (4 * sizes.downscale):
+    raise UserError(
+      f"config.vae.tiling={config.vae.tiling} must be a multiple of "
+      f"{4 * sizes.downscale} for this checkpoint (quarters of a tile are "
+      "whole latents), or 0 to take pictures whole"
+    )
   if model.config.latent_channels != sizes.latent_channels:
     raise UserError(
       f"{config.checkpoint}: the transformer takes latents of "

@@ -187,6 +187,24 @@ class Dtype:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vae:
+  """How the autoencoder decodes.
+
+  Attributes:
+    sequential: decode a device's samples one after the other, and each in
+      chunks of frames (and tiles) one after the other: memory of one, but slow
+      on CPU. "videos", "always" or "never".
+    tiling: side of the tiles, in pixels, into which larger pictures are cut;
+      they overlap by a quarter and are blended, which shows a little. 0 takes
+      pictures whole, as diffusers does until `enable_tiling` is called.
+      Long videos of HunyuanVideo are cut in time in either case, as there.
+  """
+
+  sequential: str = "videos"
+  tiling: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
 class Eval:
   """Evaluation on held-out prompts: fixed noise, deterministic sampler.
 
@@ -246,6 +264,7 @@ class Config:
   pipeline: Pipeline = Pipeline()
   mesh: Mesh = Mesh()
   dtype: Dtype = Dtype()
+  vae: Vae = Vae()
   eval: Eval = Eval()
 
 
@@ -351,6 +370,9 @@ def check(config: Config) -> None:
     ("auto", "trainer", "rollout"),
   )
   _choice("pipeline.lanes", config.pipeline.lanes, ("local", "ray"))
+  _choice(
+    "vae.sequential", config.vae.sequential, ("videos", "always", "never")
+  )
   _choice("tracker", config.tracker, ("", "wandb"))
   if not 0 <= config.seed < 2**32:
     raise UserError(
@@ -375,6 +397,7 @@ def check(config: Config) -> None:
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),
     ("pipeline.retries", config.pipeline.retries, 0),
+    ("vae.tiling", config.vae.tiling, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),
     ("eval.batch_size", config.eval.batch_size, 1),

@@ -89,7 +89,8 @@ class Island:
       weights: version 0.
       optimizer: from `make_optimizer`.
     """
-    self.lane, self.mesh, self.recipe = lane, mesh, recipe
+    self.lane, self.mesh = lane, mesh
+    self.recipe = dataclasses.replace(recipe, mesh=mesh)
     self.generates = Kind.GENERATE in lane.kinds
     self.trains = Kind.TRAIN in lane.kinds
     self._axes = weights.axes

@@ -6,6 +6,7 @@ given. `Recipe` holds what is static in a run.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -13,9 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import Mesh
 
 from digen_jax.grpo.train_step import KlForm, join, train_step
 from digen_jax.optimizer import ema_update
+from digen_jax.parallel.mesh import one_by_one
 from digen_jax.sampling.denoise import Apply
 from digen_jax.sampling.kernels import Kernel, make_kernel
 from digen_jax.sampling.rollout import initial_latents, rollout
@@ -48,6 +51,8 @@ class Recipe:
     rows_per_update: trained transitions of one optimiser update.
     ema_decay: of the averaged parameters; 0 leaves them out.
     eval_batch_size: samples that the deterministic sampler makes at once.
+    sequential: whether a device decodes its samples one after the other.
+    mesh: where it runs, once that is known.
   """
 
   apply: Apply
@@ -68,6 +73,8 @@ class Recipe:
   rows_per_update: int
   ema_decay: float
   eval_batch_size: int
+  sequential: bool = False
+  mesh: Mesh | None = None
 
   @property
   def kernel(self) -> Kernel:
@@ -138,7 +145,7 @@ def generate(
     window=(start, recipe.window),
     guidance=_guidance(recipe, negative, rows.shape[0]),
   )
-  return trajectory, _images(recipe, decoder, trajectory.final)
+  return trajectory, _decode(recipe, decoder, trajectory.final)
 
 
 def sample(
@@ -173,7 +180,7 @@ def sample(
   noise = initial_latents(keys, (index.shape[0], *recipe.latent_shape))
   params = join(trainable, frozen)
   latents = denoise(recipe, params, noise, prompts, negative)
-  return _images(recipe, decoder, latents)
+  return _decode(recipe, decoder, latents)
 
 
 def denoise(
@@ -316,6 +323,14 @@ def _guidance(
 def still(images: Any) -> Any:
   """A video of one frame is a picture: [B, 1, H, W, 3] -> [B, H, W, 3]."""
   return images[:, 0] if images.ndim == 5 and images.shape[1] == 1 else images
+
+
+def _decode(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:
+  """[B, ...] latents -> [B, ...] uint8 pictures."""
+  images = functools.partial(_images, recipe)
+  if recipe.sequential and recipe.mesh is not None:
+    images = one_by_one(images, recipe.mesh)
+  return images(decoder, latents)
 
 
 def _images(recipe: Recipe, decoder: Any, latents: jax.Array) -> jax.Array:

@@ -11,12 +11,26 @@ from jax.sharding import Mesh
 
 from digen_jax.assemble import Assembly, assemble
 from digen_jax.checkpoint import Checkpoints
-from digen_jax.config import Config, check, from_config_dict
+from digen_jax.config import (
+  Config,
+  Dtype,
+  Eval,
+  Sampling,
+  check,
+  from_config_dict,
+)
 from digen_jax.errors import UserError
+from digen_jax.models.published import MODELS, recognise
 from digen_jax.optimizer import make_optimizer
 from digen_jax.parallel.mesh import make_mesh, replicated
 from digen_jax.sampler import Sampler
-from digen_jax.weights.load import fingerprint
+from digen_jax.weights.load import (
+  fingerprint,
+  load_abstract,
+  load_pipeline_config,
+  module_directory,
+  read_json,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +53,12 @@ class Policy:
 
   def sampler(self) -> Sampler:
     """A sampler for it."""
-    weights, whole = self.assembly.weights, replicated(self.mesh)
+    weights = self.assembly.weights
     return Sampler(
       self.assembly.recipe,
       self.mesh,
-      jax.device_put(weights.frozen, whole),
-      jax.device_put(weights.decoder, whole),
+      weights.frozen,
+      weights.decoder,
     )
 
 
@@ -74,28 +88,62 @@ def open_policy(
 ) -> Policy:
   """Loads a run's newest checkpoint, or a diffusers pipeline directory.
 
+  A run is sampled as its config says. A pipeline of a published model is
+  sampled as `models/published.py` says, in bfloat16 where there is an
+  accelerator; of others the picture size is the autoencoder's
+  `sample_size`, or must be given.
+
   Args:
     path: the directory.
     overrides: section -> field -> value, e.g. {"eval": {"num_steps": 20}}.
 
   Raises:
-    UserError: neither, incomplete, an override that cannot work, or the run
-      started from other files than its checkpoint's directory holds now.
+    UserError: neither, incomplete, a pipeline of unknown size, an override
+      that cannot work, or the run started from other files than its
+      checkpoint's directory holds now.
   """
-  run = is_run(path)
-  config = read_config(path) if run else Config(checkpoint=str(path))
-  for section, values in (overrides or {}).items():
+  run, overrides = is_run(path), overrides or {}
+  config = read_config(path) if run else _pipeline_config(path, overrides)
+  for section, values in overrides.items():
     changed = dataclasses.replace(getattr(config, section), **values)
     config = dataclasses.replace(config, **{section: changed})
   check(config)
-  assembly = assemble(config)
   devices = jax.devices()
   mesh = make_mesh({"data": len(devices)}, devices)
-  base = jax.device_put(assembly.weights.trainable, replicated(mesh))
+  assembly = assemble(config, mesh=mesh, training=run)
+  base = assembly.weights.trainable
   if not run:
     return Policy(assembly, mesh, base, base, 0)
   step, trained = _trained(config, base, mesh, Path(path))
   return Policy(assembly, mesh, trained, base, step)
+
+
+def _pipeline_config(
+  path: str | Path, overrides: Mapping[str, Mapping[str, Any]]
+) -> Config:
+  """How a pipeline is sampled, as far as nothing is said about it."""
+  pipeline = load_pipeline_config(path)
+  published = recognise(load_abstract(pipeline.path).config)
+  told = overrides.get("sampling", {})
+  vae = read_json(module_directory(pipeline.path, "vae") / "config.json")
+  size = None if published else vae.get("sample_size")
+  if not (published or size or {"height", "width"} <= told.keys()):
+    raise UserError(
+      f"{path} is none of the models whose picture size is known "
+      f"({', '.join(MODELS)}): give --height and --width, and --num_frames for "
+      "videos"
+    )
+  settings = dict(height=size, width=size) if size else {}
+  if published:
+    settings = dataclasses.asdict(published.settings)
+  steps = settings.pop("num_steps", Eval.num_steps)
+  cpu = jax.default_backend() == "cpu"
+  return Config(
+    checkpoint=str(path),
+    sampling=Sampling(**settings),
+    dtype=Dtype("float32" if cpu else "bfloat16"),
+    eval=Eval(num_steps=steps),
+  )
 
 
 def _trained(

@@ -1,5 +1,6 @@
 """Pictures from a policy: fixed noise, deterministic sampler, in batches."""
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -34,7 +35,7 @@ class Sampler:
     self._mesh, self._frozen, self._decoder = mesh, frozen, decoder
     self._batch_size = recipe.eval_batch_size
     self._sample = jax.jit(
-      functools.partial(policy.sample, recipe),
+      functools.partial(policy.sample, dataclasses.replace(recipe, mesh=mesh)),
       out_shardings=batch_sharding(mesh),
     )
 

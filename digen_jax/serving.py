@@ -11,7 +11,9 @@ from digen_jax.island import Island
 from digen_jax.links import Hardware
 from digen_jax.optimizer import make_optimizer
 from digen_jax.parallel.mesh import make_mesh
+from digen_jax.parallel.rules import ROLLOUT, TRAINER
 from digen_jax.pipeline.scheduler import Lane
+from digen_jax.pipeline.units import Kind
 
 # Methods whose result somebody needs; of others only the end is told.
 ANSWERS = frozenset(
@@ -34,10 +36,11 @@ UNHEARD = frozenset({"add", "switch"})
 
 def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":
   """Loads a run's checkpoint onto all devices of this process."""
-  assembly = assemble(config)
+  mesh = make_mesh(axes, jax.devices())
+  rules = TRAINER if Kind.TRAIN in lane.kinds else ROLLOUT
+  assembly = assemble(config, mesh=mesh, rules=rules)
   updates = config.steps * config.train.updates_per_batch
   optimizer = make_optimizer(config.train, updates)
-  mesh = make_mesh(axes, jax.devices())
   return Served(
     Island(lane, mesh, assembly.recipe, assembly.weights, optimizer)
   )

@@ -19,6 +19,7 @@ from digen_jax.lanes import Team, lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
+from digen_jax.parallel.rules import TRAINER
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
 from digen_jax.pipeline.planner import stale_pays
@@ -66,7 +67,12 @@ class Run:
     self.held_out = select(held_out, config)
     _probe(self.reward, prompts, config)
     remote = config.pipeline.lanes == "ray"
-    assembly = assemble.assemble(config, weights=not remote)
+    assembly = assemble.assemble(
+      config,
+      weights=not remote,
+      mesh=None if remote else assemble.training_mesh(config),
+      rules=TRAINER,
+    )
     self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(

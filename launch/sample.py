@@ -3,7 +3,9 @@
   python launch/sample.py --checkpoint=runs/first --prompts=prompts.txt \\
     --out=pictures
 
-The sampler is deterministic; the noise of picture i follows from --seed and i.
+A pipeline of a published model is sampled with that model's own settings where
+no flag says otherwise; for others --height and --width are needed. The sampler
+is deterministic; the noise of picture i follows from --seed and i.
 With --inputs=FILE.npz in place of --prompts it starts from recorded noise and
 embeddings (named as the arguments of the diffusers pipeline) and writes the
 latents after every step to trajectory.npz.
@@ -18,6 +20,7 @@ from absl import flags
 
 from digen_jax.launching import run_main, start_devices
 
+_DEFAULT = "default: the run's, or what the published model is sampled with"
 _CHECKPOINT = flags.DEFINE_string(
   "checkpoint", None, "Diffusers pipeline directory, or directory of a run."
 )
@@ -27,11 +30,11 @@ _INPUTS = flags.DEFINE_string(
 )
 _OUT = flags.DEFINE_string("out", None, "Directory for the pictures.")
 _STEPS = flags.DEFINE_integer(
-  "num_steps", None, "Denoising steps; default: the run's, or 20."
+  "num_steps", None, f"Denoising steps; {_DEFAULT}."
 )
-_HEIGHT = flags.DEFINE_integer("height", None, "Pixels; default: the run's.")
-_WIDTH = flags.DEFINE_integer("width", None, "Pixels; default: the run's.")
-_FRAMES = flags.DEFINE_integer("num_frames", None, "Of a video.")
+_HEIGHT = flags.DEFINE_integer("height", None, f"Pixels; {_DEFAULT}.")
+_WIDTH = flags.DEFINE_integer("width", None, f"Pixels; {_DEFAULT}.")
+_FRAMES = flags.DEFINE_integer("num_frames", None, f"Of a video; {_DEFAULT}.")
 _SEED = flags.DEFINE_integer(
   "seed", 0, "Seed of the noise.", lower_bound=0, upper_bound=2**32 - 1
 )
@@ -42,10 +45,19 @@ _BATCH = flags.DEFINE_integer(
   "batch_size", None, "Samples made at once; default: the run's, or 64."
 )
 _GUIDANCE = flags.DEFINE_float(
-  "guidance_scale", None, "Classifier-free guidance; 1 is off."
+  "guidance_scale", None, f"Classifier-free guidance, 1 is off; {_DEFAULT}."
 )
 _EMBEDDED = flags.DEFINE_float(
-  "embedded_guidance", None, "Guidance fed to guidance-distilled models."
+  "embedded_guidance",
+  None,
+  f"Guidance fed to guidance-distilled models; {_DEFAULT}.",
+)
+_DTYPE = flags.DEFINE_enum(
+  "dtype",
+  None,
+  ["float32", "bfloat16"],
+  "What is computed in; default: the run's; of a pipeline, float32 on CPU and "
+  "bfloat16 on accelerators.",
 )
 _NEGATIVE = flags.DEFINE_string(
   "negative_prompt", None, "What classifier-free guidance leads away from."
@@ -77,9 +89,14 @@ def main() -> None:
     "fps": _FPS.value,
     "batch_size": _BATCH.value,
   }
+  dtype = {"compute": _DTYPE.value}
   overrides = {
     section: {k: v for k, v in values.items() if v is not None}
-    for section, values in (("sampling", sampling), ("eval", evaluation))
+    for section, values in (
+      ("sampling", sampling),
+      ("eval", evaluation),
+      ("dtype", dtype),
+    )
   }
   if _INPUTS.value:
     count = jobs.sample_recorded(

@@ -329,7 +329,10 @@ def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
     lora.merge_lora(join(trained, frozen), 6.0),
   )
   settings = adapters.train_settings(tmp_path / "lora", config.checkpoint)
-  policy = runs.open_policy(config.checkpoint, {"train": settings})
+  size = {"height": 32, "width": 32}
+  policy = runs.open_policy(
+    config.checkpoint, {"train": settings, "sampling": size}
+  )
   assert_close(
     lora.merge_lora(join(policy.trainable, frozen), settings["lora_alpha"]),
     lora.merge_lora(join(trained, frozen), 6.0),

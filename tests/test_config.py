@@ -49,6 +49,8 @@ def test_a_typo_in_a_file_is_an_error():
     ({"pipeline": {"generate_size": 3}}, "must divide the group size 8"),
     ({"pipeline": {"train_size": 12}}, "or be a multiple of it"),
     ({"dtype": {"compute": "float16"}}, "must be one of"),
+    ({"vae": {"sequential": "no"}}, "one of 'videos', 'always', 'never'"),
+    ({"vae": {"tiling": -8}}, "vae.tiling must be at least 0"),
   ],
 )
 def test_bad_values_say_what_is_wrong(values, words):

@@ -11,13 +11,15 @@ import pytest
 import torch
 
 from digen_jax import jobs, training
-from digen_jax.assemble import assemble
+from digen_jax.assemble import assemble, embed, negative_conditioning
 from digen_jax.benchmarks import cases, reference
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Train, default_config, from_config_dict, to_dict
 from digen_jax.grpo.train_step import join
 from digen_jax.metrics import read_metrics
 from digen_jax.optimizer import make_optimizer
+from digen_jax.parallel.mesh import make_mesh
+from digen_jax.sampler import Sampler
 from digen_jax.weights import load
 from tests import autoencoders, references, text_pipelines
 
@@ -221,6 +223,28 @@ def test_three_steps_resumed_and_exported(
     not np.array_equal(a.detach(), b.detach())
     for a, b in zip(module.parameters(), base.parameters())
   )
+
+
+@pytest.mark.parametrize("name", VIDEO)
+def test_videos_are_decoded_one_by_one(name, checkpoints, tmp_path):
+  """Unless the config says otherwise; the pictures are the same."""
+  pictures = {}
+  for when in ("videos", "never"):
+    config = family_config(name, checkpoints(name), tmp_path)
+    config.vae.sequential = when
+    config = from_config_dict(config)
+    mesh = make_mesh({"data": 2}, jax.devices()[:2])
+    assembly = assemble(config, mesh=mesh)
+    weights = assembly.weights
+    assert assembly.recipe.sequential == (when == "videos")
+    sampler = Sampler(
+      assembly.recipe, mesh, weights.frozen, weights.decoder, batch_size=4
+    )
+    told = embed(assembly, PROMPTS), negative_conditioning(assembly)
+    pictures[when] = sampler(weights.trainable, *told, 0)
+  a, b = (x.astype(int) for x in pictures.values())
+  assert a.shape == (3, 5, 16, 32, 3) and a.std() > 5
+  assert np.abs(a - b).max() <= 1
 
 
 def adapted_run(config, workdir):

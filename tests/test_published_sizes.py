@@ -1,5 +1,8 @@
 """Published models at full size, abstractly: nothing is allocated."""
 
+import dataclasses
+import inspect
+
 import diffusers
 import jax
 import numpy as np
@@ -7,7 +10,7 @@ import pytest
 import torch
 
 from digen_jax import models
-from digen_jax.models import layers
+from digen_jax.models import layers, published
 from digen_jax.parallel import rules
 from digen_jax.parallel.mesh import AXES
 from digen_jax.weights import names
@@ -104,6 +107,12 @@ PUBLISHED = {
   "HunyuanVideo": (HUNYUAN_VIDEO, 12_821_012_544, 0, 8),
 }
 
+GUIDED = (
+  "QwenImageTransformer2DModel",
+  "SD3Transformer2DModel",
+  "WanTransformer3DModel",
+)
+
 
 def abstract(raw):
   family = models.find_family(raw["_class_name"])
@@ -129,6 +138,30 @@ def test_every_tensor_of_the_reference_and_no_other(name):
     for tensor in entry.names
   }
   assert actual == expected
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_settings_of_published_models(name):
+  raw, *_ = PUBLISHED[name]
+  family = models.find_family(raw["_class_name"])
+  config = family.parse_config(raw, dtype="bfloat16", remat="block")
+  model = published.recognise(config)
+  known = name.lower().replace("flux.1", "flux").replace("yuanv", "yuan-v")
+  assert model is published.MODELS[known]
+  smaller = dataclasses.replace(config, num_layers=config.num_layers - 1)
+  assert published.recognise(smaller) is None
+
+  settings = model.settings
+  assert family.video == (settings.num_frames > 1)
+  call = getattr(diffusers, family.pipeline_name).__call__
+  theirs = inspect.signature(call).parameters
+  for name in ("height", "width", "num_frames"):
+    if name in theirs and theirs[name].default is not None:
+      assert getattr(settings, name) == theirs[name].default
+  scale = theirs["guidance_scale"].default
+  if getattr(config, "guidance_embeds", False):
+    assert settings.embedded_guidance == scale
+  assert model.guided == (family.class_name in GUIDED)
 
 
 @pytest.mark.parametrize("devices", [8, 16, 32])

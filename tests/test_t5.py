@@ -178,6 +178,9 @@ def test_bfloat16_compute(tmp_path):
   model.save_pretrained(tmp_path)
   encoder = load_text_encoder(tmp_path, dtype=jnp.bfloat16)
   assert all(p.dtype == jnp.bfloat16 for p in jax.tree.leaves(encoder.params))
+  # As in transformers: what T5 keeps in float32 it keeps from float16 alone.
+  same = type(model).from_pretrained(tmp_path, dtype=torch.bfloat16)
+  assert all(p.dtype == torch.bfloat16 for p in same.parameters())
   ids, _ = prompts(7)
   ours = np.asarray(jit(encoder.encode)(encoder.params, ids))
   theirs = expected(model, ids)

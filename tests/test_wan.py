@@ -1,18 +1,21 @@
 """The Wan transformer against diffusers', and its pure form."""
 
+import dataclasses
 import re
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from safetensors.torch import load_file
 
 from digen_jax import models
 from digen_jax.errors import UserError
 from digen_jax.models.wan import WanConfig
 from digen_jax.types import Conditioning
-from digen_jax.weights import load, parity
+from digen_jax.weights import export, load, parity
 from tests import model_checks as checks
 from tests.references import jit, normal, random_model, randomise
 
@@ -149,6 +152,49 @@ def test_round_trip(tmp_path):
   again = checks.check_round_trip(reference, tmp_path)
   args = normal(1, 1, 4, 1, 4, 4), np.array([400]), normal(2, 1, 3, 20)
   np.testing.assert_array_equal(run(again, *args), run(reference, *args))
+
+
+def test_what_diffusers_keeps_in_float32(tmp_path):
+  """Loaded in bfloat16, bit by bit; and it matters."""
+  wan(15).save_pretrained(tmp_path / "in")
+  theirs = WanTransformer3DModel.from_pretrained(
+    tmp_path / "in", torch_dtype=torch.bfloat16
+  )
+  expected = theirs.requires_grad_(False).state_dict()
+  model = load.load_model(tmp_path / "in", param_dtype="bfloat16")
+  raw = model.family.config_dict(model.config)
+  export.save_module(tmp_path / "out", model.params, raw, dtype=None)
+  stored = load_file(tmp_path / "out" / "diffusion_pytorch_model.safetensors")
+  assert stored.keys() == expected.keys()
+  for name, tensor in stored.items():
+    assert tensor.dtype == expected[name].dtype, name
+    assert torch.equal(tensor, expected[name]), name
+  kinds = {x.dtype for x in jax.tree.leaves(model.params)}
+  assert kinds == {jnp.dtype("float32"), jnp.dtype("bfloat16")}
+
+  half = load.load_model(tmp_path / "in", dtype="bfloat16")
+  rounded = jax.tree.map(lambda x: x.astype(jnp.bfloat16), model.params)
+  latents, timestep = normal(16, 2, 4, 2, 6, 4), np.float32([999, 423])
+  text = normal(17, 2, 5, 20)
+
+  def errors(model, reference):
+    for params in (model.params, rounded):
+      actual = checks.run_module(
+        dataclasses.replace(model, params=params),
+        checks.channels_last(latents),
+        timestep,
+        text,
+      )
+      difference = checks.channels_first(actual) - reference
+      yield np.linalg.norm(difference) / np.linalg.norm(reference)
+
+  x, t, prompt = map(torch.from_numpy, (latents, timestep, text))
+  in_half = theirs(x.bfloat16(), t, prompt.bfloat16()).sample.float().numpy()
+  kept, lost = errors(half, in_half)
+  assert kept < lost < 0.01
+  # In float32 the weights' rounding shows alone.
+  kept, lost = errors(model, run(theirs.float(), latents, timestep, text))
+  assert kept < 1e-5 and lost > 5e-4
 
 
 def test_parity_case(tmp_path):

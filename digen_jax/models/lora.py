@@ -20,6 +20,10 @@ from digen_jax.models.layers import Linear, Params
 
 LEAVES = ("lora_a", "lora_b")
 
+# (shape, logical axes) of a parameter -> where it is made; None means the
+# default device.
+Placement = Callable[[tuple[int, ...], layers.Axes], Any]
+
 
 def adapt(
   model: Model,
@@ -28,6 +32,7 @@ def adapt(
   alpha: float,
   targets: Sequence[str],
   key: jax.Array,
+  sharding: Placement | None = None,
 ) -> Model:
   """The model with adapters on every linear layer that `targets` match.
 
@@ -38,6 +43,7 @@ def adapt(
     targets: regular expressions, searched for in module paths such as
       "double_blocks.attn.to_q".
     key: typed PRNG key for A.
+    sharding: of every adapter; None means the default device.
 
   Returns:
     A model with more parameters and its own `apply`; base arrays are shared.
@@ -46,7 +52,14 @@ def adapt(
     UserError: a target that matches no linear layer, or a bad rank.
   """
   module = nnx.merge(model.graphdef, model.params)
-  add_lora(module, rank=rank, alpha=alpha, targets=targets, rngs=nnx.Rngs(key))
+  add_lora(
+    module,
+    rank=rank,
+    alpha=alpha,
+    targets=targets,
+    rngs=nnx.Rngs(key),
+    sharding=sharding,
+  )
   graphdef, params = layers.split(module)
   return dataclasses.replace(
     model,
@@ -63,6 +76,7 @@ def add_lora(
   alpha: float,
   targets: Sequence[str],
   rngs: nnx.Rngs,
+  sharding: Placement | None = None,
 ) -> None:
   """Adds adapters to a module in place; arguments as for `adapt`.
 
@@ -83,7 +97,7 @@ def add_lora(
       )
   for name in sorted(linears):
     if any(re.search(target, name) for target in targets):
-      _add(linears[name], rank, alpha / rank, rngs)
+      _add(linears[name], rank, alpha / rank, rngs.params(), sharding)
 
 
 def merge_lora(params: Params, alpha: float) -> Params:
@@ -151,15 +165,33 @@ def _partition(
   return parts
 
 
-def _add(linear: Linear, rank: int, scale: float, rngs: nnx.Rngs) -> None:
+def _add(
+  linear: Linear,
+  rank: int,
+  scale: float,
+  key: jax.Array,
+  sharding: Placement | None,
+) -> None:
   *stack, fan_in, fan_out = linear.kernel.shape
   *stack_axes, in_axis, out_axis = linear.kernel.logical_axes
+  a_shape, a_axes = (*stack, fan_in, rank), (*stack_axes, in_axis, "rank")
+  b_shape, b_axes = (*stack, rank, fan_out), (*stack_axes, "rank", out_axis)
+
+  def make(
+    init: Callable[..., jax.Array], shape: tuple[int, ...], axes: layers.Axes
+  ) -> jax.Array:
+    place = sharding(shape, axes) if sharding is not None else None
+    return jax.jit(init, static_argnums=1, out_shardings=place)(key, shape)
+
   # Variance 1 / in: (x A) then has the scale of x.
-  a = jax.random.normal(rngs.params(), (*stack, fan_in, rank))
-  linear.lora_a = _param(a * fan_in**-0.5, (*stack_axes, in_axis, "rank"))
-  b = jnp.zeros((*stack, rank, fan_out))
-  linear.lora_b = _param(b, (*stack_axes, "rank", out_axis))
+  a = make(jax.random.normal, a_shape, a_axes) * fan_in**-0.5
+  linear.lora_a = _param(a, a_axes)
+  linear.lora_b = _param(make(_zeros, b_shape, b_axes), b_axes)
   linear.lora_scale = scale
+
+
+def _zeros(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  return jnp.zeros(shape)
 
 
 def _param(value: jax.Array, axes: layers.Axes) -> Any:

@@ -1,7 +1,8 @@
-"""Published models by name, as sizes alone: for planning without a checkpoint.
+"""Published models by name: their sizes, and how they are sampled.
 
-Sizes are those of the checkpoints' `config.json`; what a record's defaults say
-is left out.
+Sizes are those of the checkpoints' `config.json`, so that one can plan without
+a checkpoint; what a record's defaults say is left out. Settings are those of
+the models' cards, and of diffusers' pipelines where a card leaves them open.
 """
 
 import dataclasses
@@ -21,6 +22,18 @@ KL = dict(
 
 
 @dataclasses.dataclass(frozen=True)
+class Settings:
+  """How a model is sampled; fields as in `config.Sampling`."""
+
+  height: int = 1024
+  width: int = 1024
+  num_frames: int = 1
+  num_steps: int = 28
+  guidance_scale: float = 1.0
+  embedded_guidance: float = 3.5
+
+
+@dataclasses.dataclass(frozen=True)
 class Published:
   """A model's sizes, and how it is used.
 
@@ -30,8 +43,7 @@ class Published:
     sizes: of the transformer.
     autoencoder_sizes: of the autoencoder.
     text_length: tokens of a prompt.
-    guided: whether it is sampled with classifier-free guidance, two forward
-      passes a step.
+    settings: how it is sampled.
   """
 
   transformer: str
@@ -39,7 +51,12 @@ class Published:
   sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   autoencoder_sizes: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   text_length: int = 512
-  guided: bool = False
+  settings: Settings = Settings()
+
+  @property
+  def guided(self) -> bool:
+    """Whether a step takes two forward passes, for guidance."""
+    return self.settings.guidance_scale != 1.0
 
   @property
   def transformer_config(self) -> Any:
@@ -52,6 +69,8 @@ class Published:
     return vae.find_family(self.autoencoder).config(**self.autoencoder_sizes)
 
 
+WAN = Settings(480, 832, 81, num_steps=50, guidance_scale=5.0)
+
 MODELS = {
   "flux-dev": Published(
     "FluxTransformer2DModel",
@@ -59,25 +78,46 @@ MODELS = {
     dict(guidance_embeds=True),
     KL,
   ),
+  "flux-schnell": Published(
+    "FluxTransformer2DModel",
+    "AutoencoderKL",
+    autoencoder_sizes=KL,
+    text_length=256,
+    settings=Settings(num_steps=4),
+  ),
   "qwen-image": Published(
     "QwenImageTransformer2DModel",
     "AutoencoderKLQwenImage",
     text_length=256,
-    guided=True,
+    settings=Settings(1328, 1328, num_steps=50, guidance_scale=4.0),
   ),
   "wan2.1-1.3b": Published(
     "WanTransformer3DModel",
     "AutoencoderKLWan",
     dict(num_layers=30, num_attention_heads=12, ffn_dim=8960),
-    guided=True,
+    settings=WAN,
   ),
   "wan2.1-14b": Published(
-    "WanTransformer3DModel", "AutoencoderKLWan", guided=True
+    "WanTransformer3DModel", "AutoencoderKLWan", settings=WAN
   ),
   "hunyuan-video": Published(
     "HunyuanVideoTransformer3DModel",
     "AutoencoderKLHunyuanVideo",
     text_length=256,
+    settings=Settings(720, 1280, 129, num_steps=50, embedded_guidance=6.0),
+  ),
+  "sd3-medium": Published(
+    "SD3Transformer2DModel",
+    "AutoencoderKL",
+    dict(
+      num_layers=24,
+      num_attention_heads=24,
+      caption_projection_dim=1536,
+      pos_embed_max_size=192,
+    ),
+    KL,
+    text_length=333,
+    settings=Settings(guidance_scale=7.0),
   ),
   "sd3.5-medium": Published(
     "SD3Transformer2DModel",
@@ -92,7 +132,7 @@ MODELS = {
     ),
     KL,
     text_length=333,
-    guided=True,
+    settings=Settings(num_steps=40, guidance_scale=4.5),
   ),
   "sd3.5-large": Published(
     "SD3Transformer2DModel",
@@ -106,7 +146,7 @@ MODELS = {
     ),
     KL,
     text_length=333,
-    guided=True,
+    settings=Settings(guidance_scale=3.5),
   ),
 }
 
@@ -119,3 +159,18 @@ def find_model(name: str) -> Published:
       f"{', '.join(MODELS)}"
     )
   return MODELS[name]
+
+
+def recognise(config: Any) -> Published | None:
+  """The published model whose transformer has these sizes, if there is one.
+
+  Args:
+    config: record of the transformer.
+  """
+  for model in MODELS.values():
+    known = model.transformer_config
+    if isinstance(config, type(known)) and known == dataclasses.replace(
+      config, dtype=known.dtype, remat=known.remat
+    ):
+      return model
+  return None

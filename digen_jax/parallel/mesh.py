@@ -6,7 +6,7 @@ role: generation and training need not be laid out alike.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -73,6 +73,29 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def batch_shards(mesh: Mesh) -> int:
   """Into how many parts the mesh splits a batch."""
   return math.prod(mesh.shape[name] for name in BATCH_AXES)
+
+
+def one_by_one(
+  function: Callable[[Any, jax.Array], jax.Array], mesh: Mesh
+) -> Callable[[Any, jax.Array], jax.Array]:
+  """A function of batches that each device applies to one row after the other.
+
+  Args:
+    function: (params, [B, ...]) -> [B, ...], row by row.
+    mesh: has `params` everywhere, and splits the batch evenly.
+  """
+
+  def rows(params: Any, x: jax.Array) -> jax.Array:
+    return jax.lax.map(lambda row: function(params, row[None])[0], x)
+
+  batch = PartitionSpec(BATCH_AXES)
+  return jax.shard_map(
+    rows,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), batch),
+    out_specs=batch,
+    check_vma=False,
+  )
 
 
 def padded_size(size: int, mesh: Mesh) -> int:

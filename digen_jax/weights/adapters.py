@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
+import jax
 import numpy as np
 from safetensors import numpy as safetensors_numpy
 
@@ -157,7 +157,8 @@ def load_adapters(model: Model, path: str | Path, *, alpha: float) -> Model:
     leaf = np.stack(parts) if entry.stacked else parts[0]
     if entry.path[-1] == "lora_b":
       leaf = leaf * np.float32(found.alpha / alpha)
-    node[entry.path[-1]] = jnp.asarray(leaf)
+    own = functools.reduce(operator.getitem, entry.path, model.params)
+    node[entry.path[-1]] = jax.device_put(leaf, own.sharding)
   return dataclasses.replace(model, params=join(params, base))
 
 

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.typing import DTypeLike
 from safetensors import numpy as safetensors_numpy
@@ -36,7 +35,7 @@ def save_module(
   params: Params,
   config: Mapping[str, Any],
   *,
-  dtype: DTypeLike = np.float32,
+  dtype: DTypeLike | None = np.float32,
   max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> None:
   """Writes a module directory: `config.json` and safetensors.
@@ -46,7 +45,7 @@ def save_module(
     params: without adapters (`lora.merge_lora`).
     config: content of `config.json`, with `_class_name`; see
       `models.Family.config_dict`.
-    dtype: of the file.
+    dtype: of the file; None means each parameter's own.
     max_shard_bytes: above, the weights are split into shards with an index.
 
   Raises:
@@ -69,14 +68,13 @@ def export_pipeline(
     source: a diffusers pipeline directory; its other components are copied.
     directory: must be new or empty.
     params: of the transformer, without adapters (`lora.merge_lora`).
-    dtype: of the transformer's file; None means that of `params`.
+    dtype: of the transformer's file; None means each parameter's own.
 
   Raises:
     UserError: the directory is not empty, or `source` is no pipeline.
   """
   source = load_pipeline_config(source, ("transformer",)).path
   config = read_json(module_directory(source, "transformer") / "config.json")
-  dtype = dtype or jax.tree.leaves(params)[0].dtype
   with fresh_directory(directory) as temporary:
     shutil.copytree(
       source,
@@ -125,13 +123,13 @@ def _write_module(
   directory: Path,
   params: Params,
   config: Mapping[str, Any],
-  dtype: DTypeLike,
+  dtype: DTypeLike | None,
   max_shard_bytes: int,
 ) -> None:
   class_name = config.get("_class_name")
   if class_name not in names.NAME_MAPS:
     raise UserError(f"cannot write a {class_name!r}: its names are unknown")
-  tensors = _to_tensors(params, names.NAME_MAPS[class_name], np.dtype(dtype))
+  tensors = _to_tensors(params, names.NAME_MAPS[class_name], dtype)
   _write_json(directory / "config.json", config)
   sizes = _write_shards(directory, tensors, max_shard_bytes)
   if len(sizes) == 1:
@@ -182,14 +180,14 @@ def _part(number: int) -> str:
 
 
 def _to_tensors(
-  params: Params, name_map: names.NameMap, dtype: np.dtype
+  params: Params, name_map: names.NameMap, dtype: DTypeLike | None
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Their names and arrays; one leaf at a time leaves its device."""
   for entry in names.entries(params, name_map):
     leaf: Any = params
     for key in entry.path:
       leaf = leaf[key]
-    leaf = np.asarray(leaf).astype(dtype)
+    leaf = np.asarray(leaf, dtype)
     for name, part in zip(entry.names, leaf if entry.stacked else [leaf]):
       yield name, np.ascontiguousarray(entry.to_theirs(part))
 

@@ -159,7 +159,8 @@ def load_model(
       the id of either on the hub.
     dtype: compute dtype; None means float32.
     param_dtype: of the parameters; None means `dtype`. Float32 parameters
-      with bfloat16 compute are what training wants.
+      with bfloat16 compute are what training wants. What diffusers keeps in
+      float32 is in float32 here too.
     remat: what a backward pass recomputes, see `layers.scan_blocks`.
     mesh: where to place the parameters; None means the default device.
     rules: layout on the mesh, see `parallel/rules.py`; None means its
@@ -261,7 +262,7 @@ def read_params(
     directory: holds the safetensors files.
     abstract: nested dict of `jax.ShapeDtypeStruct`s, what is expected.
     name_map: how the files name it.
-    dtype: to cast to.
+    dtype: to cast to, but for what the map keeps in float32.
     shardings: nested like `abstract`; None means the default device.
 
   Returns:
@@ -278,7 +279,9 @@ def read_params(
   def read(leaf: tuple[Entry, list[Tensor]]) -> jax.Array:
     entry, parts = leaf
     sharding = _at(shardings, entry.path) if shardings is not None else None
-    return _read(entry, parts, np.dtype(dtype), sharding)
+    kept = names.keeps_float32(entry, name_map)
+    leaf_dtype = np.dtype(np.float32 if kept else dtype)
+    return _read(entry, parts, leaf_dtype, sharding)
 
   with futures.ThreadPoolExecutor(READERS) as pool:
     arrays = list(pool.map(read, found))

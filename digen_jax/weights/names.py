@@ -34,12 +34,16 @@ class NameMap:
     ignored: regular expressions of tensors without meaning for us.
     chain: our stacks that share one numbering of theirs, in its order; a
       stack that a model lacks is passed over.
+    float32: segments of their names; what has one is kept in float32,
+      whatever dtype the others are loaded in (diffusers'
+      `_keep_in_fp32_modules`).
   """
 
   renames: Mapping[str, str]
   aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
   ignored: tuple[str, ...] = ()
   chain: tuple[str, ...] = ()
+  float32: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +101,11 @@ def entries(params: Mapping[str, Any], name_map: NameMap) -> Iterator[Entry]:
     start = first.get(path[0], 0)
     names = tuple(pattern.replace("{i}", str(start + i)) for i in range(count))
     yield Entry(path, tuple(leaf.shape), names, stacked, order)
+
+
+def keeps_float32(entry: Entry, name_map: NameMap) -> bool:
+  """Whether a leaf is in float32 whatever the others are in."""
+  return not set(name_map.float32).isdisjoint(entry.names[0].split("."))
 
 
 def old_name(name: str, name_map: NameMap) -> str:
@@ -189,7 +198,8 @@ WAN = NameMap(
     "to_out": "to_out.0",
     "ffn.linear_1": "ffn.net.0.proj",
     "ffn.linear_2": "ffn.net.2",
-  }
+  },
+  float32=("time_embedder", "scale_shift_table", "norm1", "norm2", "norm3"),
 )
 
 HUNYUAN_VIDEO = NameMap(
