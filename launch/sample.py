@@ -4,8 +4,8 @@
     --out=pictures
 
 A pipeline of a published model is sampled with that model's own settings where
-no flag says otherwise; for others --height and --width are needed. The sampler
-is deterministic; the noise of picture i follows from --seed and i.
+no flag says otherwise, others at the `sample_size` of their autoencoder. The
+sampler is deterministic; the noise of picture i follows from --seed and i.
 With --inputs=FILE.npz in place of --prompts it starts from recorded noise and
 embeddings (named as the arguments of the diffusers pipeline) and writes the
 latents after every step to trajectory.npz.
