@@ -4,10 +4,11 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from digen_jax import assemble, auto_split, run_files
@@ -81,7 +82,13 @@ class Run:
     updates = config.steps * config.train.updates_per_batch
     # On the host: asking a device would wait for the units it has queued.
     schedule = make_schedule(config.train, updates)
-    self.learning_rates = [float(schedule(i)) for i in range(updates)]
+    rates = np.asarray(schedule(jnp.arange(updates)))
+    self.learning_rates = np.broadcast_to(rates, updates)
+    devices = sum(math.prod(sizes.values()) for sizes in axes.values())
+    mesh, search = config.mesh, auto_split.wanted(config, devices)
+    if search and (found := auto_split.recorded(self.workdir, devices)):
+      mesh, search = found, False
+    team = make_team(dataclasses.replace(config, mesh=mesh), assembly)
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
@@ -101,7 +108,10 @@ class Run:
         self.negative,
       )
 
-    self.team, self.split = self._place(assembly, axes, program)
+    self.team, self.split = team, ""
+    if search:
+      del team
+      self._choose_split(assembly, devices, program)
     self.lanes, links = self.team.lanes, self.team.links
     self.hardware = {name: link.hardware for name, link in links.items()}
     self.rollout = links[self.team.rollout]
@@ -126,32 +136,26 @@ class Run:
     )
     self.step = self._resume()
 
-  def _place(
+  def _choose_split(
     self,
     assembly: assemble.Assembly,
-    axes: Mapping[str, Mapping[str, int]],
+    devices: int,
     program: Callable[[Team, Workload], Program],
-  ) -> tuple[Team, str]:
-    """The lanes on their devices, and how an automatic split was come by."""
-    config = self.config
-    devices = sum(math.prod(sizes.values()) for sizes in axes.values())
-    if not auto_split.wanted(config, devices):
-      return make_team(config, assembly), ""
-    if mesh := auto_split.recorded(self.workdir, devices):
-      config = dataclasses.replace(config, mesh=mesh)
-      return make_team(config, assembly), ""
-    team = make_team(config, assembly)
-    programs = [program(team, self.work)]
-    if (halves := auto_split.smaller(self.work)) != self.work:
-      programs.append(program(team, halves))
+  ) -> None:
+    """Places the lanes anew where another split is predicted to be faster."""
+    config, halves = self.config, auto_split.smaller(self.work)
+    programs = [
+      program(self.team, work) for work in dict.fromkeys((self.work, halves))
+    ]
     measured = auto_split.measure(programs, step=0)
     choice = auto_split.choose(measured, self.work, config.pipeline, devices)
+    self.split = str(choice)
     if choice.best.split == choice.equal.split:
-      return team, str(choice)
-    team.stop()
-    del programs, team  # their arrays, before others are placed
+      return
+    self.team.stop()
+    del programs, self.team  # their arrays, before others are placed
     config = dataclasses.replace(config, mesh=choice.mesh)
-    return make_team(config, assembly), str(choice)
+    self.team = make_team(config, assembly)
 
   def _fitting(self, program: Callable[[Team, Workload], Program]) -> Workload:
     """The work in packs of as many trained steps as fit into memory."""
@@ -313,7 +317,7 @@ class Run:
       "policy_version": self.step,
       **self.program.metrics(),
       **{f"reward_{n}_mean": v.mean() for n, v in samples.parts.items()},
-      "learning_rate": self.learning_rates[update],
+      "learning_rate": float(self.learning_rates[update]),
       "samples": work.samples,
       "step_seconds": seconds,
       "samples_per_second": work.samples / seconds,

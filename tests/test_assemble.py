@@ -1,6 +1,8 @@
 """Where the weights of a run are loaded, and what a config says of decoding."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import numpy as np
@@ -146,8 +148,15 @@ def test_a_policy_is_on_the_mesh_that_samples():
       assert leaf.sharding.device_set == set(policy.mesh.devices.flat)
 
 
-def test_pipelines_of_unknown_size_ask_for_it():
+def test_pipelines_of_unknown_size_ask_for_it(tmp_path):
   checkpoint = small_config("").checkpoint
+  sampling = runs.open_policy(checkpoint).assembly.config.sampling
+  assert (sampling.height, sampling.width) == (32, 32)  # the autoencoder's
+  checkpoint = shutil.copytree(checkpoint, tmp_path / "flux")
+  file = checkpoint / "vae" / "config.json"
+  vae = json.loads(file.read_text())
+  del vae["sample_size"]
+  file.write_text(json.dumps(vae))
   with pytest.raises(UserError, match="give --height and --width"):
     runs.open_policy(checkpoint)
   with pytest.raises(UserError, match="give --height and --width"):

@@ -1,5 +1,6 @@
 """Whole runs on tiny random checkpoints of every family."""
 
+import dataclasses
 import json
 
 import diffusers
@@ -237,9 +238,8 @@ def test_videos_are_decoded_one_by_one(name, checkpoints, tmp_path):
     assembly = assemble(config, mesh=mesh)
     weights = assembly.weights
     assert assembly.recipe.sequential == (when == "videos")
-    sampler = Sampler(
-      assembly.recipe, mesh, weights.frozen, weights.decoder, batch_size=4
-    )
+    recipe = dataclasses.replace(assembly.recipe, eval_batch_size=4)
+    sampler = Sampler(recipe, mesh, weights.frozen, weights.decoder)
     told = embed(assembly, PROMPTS), negative_conditioning(assembly)
     pictures[when] = sampler(weights.trainable, *told, 0)
   a, b = (x.astype(int) for x in pictures.values())
