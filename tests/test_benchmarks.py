@@ -66,7 +66,7 @@ def test_loading_reports_memory_and_speed(tmp_path):
 @pytest.mark.parametrize(
   "name",
   [
-    n if n in ("qwen_image", "wan") else pytest.param(n, marks=pytest.mark.slow)
+    n if n == "wan" else pytest.param(n, marks=pytest.mark.slow)
     for n in cases.CASES
   ],
 )

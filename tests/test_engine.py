@@ -46,6 +46,8 @@ def run(config, workdir, steps):
 def split_config(name, prompts_file):
   mode, rollout, trainer, switches = SPLITS[name]
   config = small_config(prompts_file)
+  # Advantages cancel in the sum of few samples, and rounding does not.
+  config.batch.prompts, config.batch.group_size = 6, 16
   config.pipeline.mode = mode
   config.pipeline.update(switches)
   config.mesh.rollout, config.mesh.trainer = rollout, trainer
@@ -73,7 +75,7 @@ def test_every_split_gives_the_same_gradient(
   trained = [s for s in ran if s.name == Kind.TRAIN]
   packs = 1 if "tsp" in name else 2
   dead = rows[0]["zero_std_groups"]
-  assert len(trained) == (2 - dead) * packs
+  assert len(trained) == (6 - dead) * packs
   if name == "sequential":
     scored = max(s.end for s in ran if s.name == Kind.SCORE)
     assert min(s.start for s in trained) >= scored
@@ -83,4 +85,4 @@ def test_reference_learns_something(reference):
   gradients, _, rows, _ = reference
   assert distance(gradients[0], gradients[1]) > 0.1
   assert rows[0]["grad_norm"] > 0
-  assert rows[0]["zero_std_groups"] < 2
+  assert rows[0]["zero_std_groups"] < 6
