@@ -246,11 +246,12 @@ class Run:
     except UnitError as error:
       self._failed = True
       with contextlib.suppress(LaneLost):  # then nothing is left to save
-        if not self.program.updated:
+        saved = not self.program.updated
+        if saved:
           self.save()
-          self.trainer.call("wait").result()
-          error.add_note(SAVED)
         self.trainer.call("wait").result()
+        if saved:
+          error.add_note(SAVED)
       raise
     end = time.perf_counter()
     self._ahead = state if state.ahead is not None else None

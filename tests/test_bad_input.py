@@ -164,8 +164,9 @@ def test_a_reward_that_fails_later_leaves_a_checkpoint(prompts_file, tmp_path):
   config = small_config(prompts_file)
   config.reward = f"{tmp_path}/rewards.py:later"
   config.mesh.rollout, config.mesh.trainer = 1, 1
-  with pytest.raises(UnitError, match=r"score unit of samples .* nan"):
+  with pytest.raises(UnitError, match=r"score unit of samples .* nan") as told:
     training.train(from_config_dict(config), tmp_path / "run")
+  assert told.value.__notes__ == [training.SAVED]
   config.reward = "shapes"
   job = training.Run(from_config_dict(config), tmp_path / "run")
   assert job.step == 0
