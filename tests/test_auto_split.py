@@ -49,9 +49,14 @@ def test_units_keep_their_sizes():
   assert sizes == (24, 24)
 
 
-def test_a_gain_within_the_noise_moves_nothing():
-  choice = auto_split.choose(measured(1.01, 1), WORK, Pipeline(), 8)
+def test_a_gain_within_the_noise_moves_nothing(monkeypatch):
+  work = Workload(groups=16, group_size=100_000, window=2, pack=2)
+  costs = measured(1.08, 1, work)
+  choice = auto_split.choose(costs, work, Pipeline(), 32)
   assert choice.best == choice.equal
+  monkeypatch.setattr(auto_split, "WORTH", 0.0)
+  choice = auto_split.choose(costs, work, Pipeline(), 32)
+  assert choice.mesh == Mesh(17, 15)
 
 
 def test_smaller_units_are_legal():

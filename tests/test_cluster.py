@@ -83,6 +83,7 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
   with pytest.raises(ZeroDivisionError):
     served.call("generate")
   assert served.call("save") is None  # and the state can be saved after it
+  assert "grad_norm" in served.call("update")  # ... or the unit run again
 
 
 @pytest.mark.slow
