@@ -346,8 +346,11 @@ def test_a_reader_leaves_what_is_being_written(run, tmp_path):
   (unfinished / "array").write_bytes(b"1")
   assert runs.open_policy(workdir).step == 1
   assert (unfinished / "array").exists()
-  Checkpoints(workdir / "checkpoints").close()
-  assert not unfinished.exists()  # a run's own process takes over
+  # A run's own process takes over: gone before the next one is written.
+  writer = Checkpoints(workdir / "checkpoints")
+  writer.save(2, {"w": jnp.ones(2)}, {})
+  writer.close()
+  assert not unfinished.exists()
 
 
 def test_a_run_of_other_files_is_not_opened(run, tmp_path):
