@@ -8,7 +8,7 @@ from configs import tiny_shapes
 
 def get_config():
   config = tiny_shapes.get_config()
-  config.steps = 800
+  config.steps = 500
   config.eval_every = 100
   config.checkpoint_every = 100
   return config
