@@ -5,6 +5,8 @@ Config files (`configs/*.py`) start from `default_config()`, an
 return it; `from_config_dict` turns the result into a `Config` and checks it.
 """
 
+import ast
+import contextlib
 import dataclasses
 import difflib
 import typing
@@ -335,7 +337,9 @@ def unknown_field(where: str, known: Any, prefix: str = "") -> str:
 
 def _convert(where: str, value: Any, hint: Any) -> Any:
   """`value` as the annotated type; int -> float is the only silent change."""
-  if hint is Any:
+  if hint is Any:  # a mesh; as a flag it is text: "4", "{'data': 2}"
+    with contextlib.suppress(ValueError, SyntaxError):
+      return ast.literal_eval(value) if isinstance(value, str) else value
     return value
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)

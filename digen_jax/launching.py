@@ -94,6 +94,19 @@ def _guarded(main: Callable[[], None]) -> None:
   except (UserError, UnitError, LaneLost) as error:
     said = " ".join([str(error), *getattr(error, "__notes__", ())])
     _fail(said, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+  except KeyboardInterrupt:
+    _fail("interrupted: the same command goes on from what is saved", 130)
+  except OSError as error:  # e.g. a full disk
+    _fail(f"{type(error).__name__}: {error}", 1)
+  except Exception as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    _fail(
+      f"out of memory ({str(error).splitlines()[0]}): choose a smaller "
+      "eval.batch_size, pipeline.generate_size or pipeline.train_size, "
+      "train.remat=block, or vae.tiling=256",
+      1,
+    )
 
 
 def _parse(

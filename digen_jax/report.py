@@ -7,6 +7,7 @@ run that has only begun, or was made without pictures, has a report as well.
 import base64
 import io
 import json
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
@@ -92,9 +93,11 @@ def _header(run: RunRecord) -> str:
     for section, name in (("sampling", "kernel"), ("pipeline", "mode"))
     if name in config.get(section, {})
   ]
-  devices = run.config.get("devices", [])
-  if isinstance(devices, list) and devices:
-    facts.append(f"{len(devices)} × {devices[0]}")
+  meshes = run.config.get("meshes", {})
+  facts += [
+    f"{lane}: {math.prod(meshes.get(lane, {}).values())} × {kind}"
+    for lane, kind in run.config.get("devices", {}).items()
+  ]
   return (
     f"<header><h1>{escape(run.name)}</h1>"
     f"<p>{escape(' · '.join(facts))}</p></header>"

@@ -10,6 +10,7 @@ from typing import Any
 
 from digen_jax import media
 from digen_jax.atomic import write_text
+from digen_jax.checkpoint import Checkpoints
 from digen_jax.config import Config, to_dict
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated
@@ -39,8 +40,29 @@ def check_workdir(workdir: Path) -> None:
       "run to resume"
     )
   parent = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
-  if not os.access(parent, os.W_OK):
-    raise UserError(f"--workdir={workdir} cannot be written: {parent} is not")
+  if not parent.is_dir() or not os.access(parent, os.W_OK):
+    raise UserError(
+      f"--workdir={workdir} cannot be made: {parent} is no directory that can "
+      "be written to"
+    )
+
+
+def check_earlier(config: Config, fingerprint: str, workdir: Path) -> None:
+  """Raises UserError where a directory holds the checkpoints of another run.
+
+  Args:
+    config: of the run that is to go on.
+    fingerprint: of what it starts from, which may have moved.
+    workdir: where it is to go on.
+  """
+  directory = workdir / "checkpoints"
+  if not directory.is_dir():
+    return
+  checkpoints = Checkpoints(directory, writes=False)
+  step = checkpoints.latest()
+  if step is not None:
+    check_resumable(config, fingerprint, checkpoints.record(step), workdir)
+  checkpoints.close()
 
 
 def check_resumable(
@@ -145,8 +167,13 @@ class RunFiles:
     self._metrics.write(row)
     self._timeline.add(spans)
 
+  def has_evaluation(self, step: int) -> bool:
+    """Whether the policy of a step has been evaluated."""
+    return any(row["step"] == step for row in self._evaluations)
+
   def evaluated(self, result: Evaluated) -> None:
     """After an evaluation: its row and its pictures."""
+    self._timeline.flush()
     rows = [r for r in self._evaluations if r["step"] != result.step]
     self._evaluations = [*rows, result.row()]
     self._write_json("evaluation.json", self._evaluations)

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
 from digen_jax.parallel.rules import TRAINER
+from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
 from digen_jax.pipeline.planner import stale_pays
@@ -66,7 +66,10 @@ class Run:
     self.reward = compose(parse(config.reward))
     held_out = read_prompts(config.eval.prompts or config.prompts)
     self.held_out = select(held_out, config)
+    self.reward.check([*prompts, *self.held_out])
     _probe(self.reward, prompts, config)
+    self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
+    run_files.check_earlier(config, self.fingerprint, self.workdir)
     remote = config.pipeline.lanes == "ray"
     assembly = assemble.assemble(
       config,
@@ -74,7 +77,6 @@ class Run:
       mesh=None if remote else assemble.training_mesh(config),
       rules=TRAINER,
     )
-    self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     self.work = assembly.work
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
@@ -89,6 +91,8 @@ class Run:
     if search and (found := auto_split.recorded(self.workdir, devices)):
       mesh, search = found, False
     team = make_team(dataclasses.replace(config, mesh=mesh), assembly)
+    if not search:  # the islands have their own; nothing else needs them
+      assembly = dataclasses.replace(assembly, weights=None)
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
@@ -108,15 +112,15 @@ class Run:
         self.negative,
       )
 
-    self.team, self.split = team, ""
+    self.team, self.split, self._program = team, "", program
     if search:
       del team
-      self._choose_split(assembly, devices, program)
+      self._choose_split(assembly, devices)
     self.lanes, links = self.team.lanes, self.team.links
     self.hardware = {name: link.hardware for name, link in links.items()}
     self.rollout = links[self.team.rollout]
     self.trainer = links[self.team.trainer]
-    self.work = self._fitting(program)
+    self.work = self._fitting()
     self.program = program(self.team, self.work)
     self.costs = Costs()
     self.executor = Executor(
@@ -136,36 +140,39 @@ class Run:
     )
     self.step = self._resume()
 
-  def _choose_split(
-    self,
-    assembly: assemble.Assembly,
-    devices: int,
-    program: Callable[[Team, Workload], Program],
-  ) -> None:
+  def _choose_split(self, assembly: assemble.Assembly, devices: int) -> None:
     """Places the lanes anew where another split is predicted to be faster."""
-    config, halves = self.config, auto_split.smaller(self.work)
-    programs = [
-      program(self.team, work) for work in dict.fromkeys((self.work, halves))
-    ]
-    measured = auto_split.measure(programs, step=0)
-    choice = auto_split.choose(measured, self.work, config.pipeline, devices)
+    config, work = self.config, self._fitting()
+    measured = self.measure(work)
+    choice = auto_split.choose(measured, work, config.pipeline, devices)
     self.split = str(choice)
     if choice.best.split == choice.equal.split:
       return
     self.team.stop()
-    del programs, self.team  # their arrays, before others are placed
+    del self.team  # its arrays, before others are placed
     config = dataclasses.replace(config, mesh=choice.mesh)
     self.team = make_team(config, assembly)
 
-  def _fitting(self, program: Callable[[Team, Workload], Program]) -> Workload:
+  def measure(self, work: Workload | None = None) -> list[Measured]:
+    """A unit of each kind on each lane, in two sizes; changes nothing.
+
+    Args:
+      work: what a step consists of; the run's own if None.
+    """
+    work = work or self.work
+    sizes = dict.fromkeys((work, auto_split.smaller(work)))
+    programs = [self._program(self.team, size) for size in sizes]
+    return auto_split.measure(programs, step=0)
+
+  def _fitting(self) -> Workload:
     """The work in packs of as many trained steps as fit into memory."""
     pipeline, pack = self.config.pipeline, self.work.pack
-    limited = any(lane.device_kind != "cpu" for lane in self.hardware.values())
-    if pipeline.tsp and not pipeline.timesteps_per_pack and limited:
+    kinds = {link.hardware.device_kind for link in self.team.links.values()}
+    if pipeline.tsp and not pipeline.timesteps_per_pack and kinds != {"cpu"}:
       packs = [n for n in range(pack, 1, -1) if self.work.window % n == 0]
       for pack in packs:
         work = dataclasses.replace(self.work, pack=pack)
-        if program(self.team, work).fits(step=0):
+        if self._program(self.team, work).fits(step=0):
           return work
       return dataclasses.replace(self.work, pack=1)
     return self.work
@@ -181,12 +188,6 @@ class Run:
     found = self.trainer.call("latest").result()
     if found is None:
       return 0
-    run_files.check_resumable(
-      self.config,
-      self.fingerprint,
-      self.trainer.call("record", found).result(),
-      self.workdir,
-    )
     self.program.restore(found)
     return found
 
@@ -377,8 +378,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
   progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:
-    if run.step == 0:
+    ends = run.step in (0, config.steps)
+    wanted = ends or _due(run.step, config.eval_every)
+    if wanted and not files.has_evaluation(run.step):  # a kill came before it
       _evaluate(run, files, progress)
+    if run.step == 0:
       run.save()
     if run.split:
       progress.message(run.split)
@@ -390,11 +394,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       files.stepped(row, spans)
       progress.update(run.step, row)
       last = run.step == config.steps
+      # Saved first: an evaluation may fail, and its reward be down.
+      if last or _due(run.step, config.checkpoint_every):
+        run.save()
       if last or _due(run.step, config.eval_every):
         _evaluate(run, files, progress)
         files.explored(run.program.samples)
-      if last or _due(run.step, config.checkpoint_every):
-        run.save()
   finally:
     progress.close()
     files.close()
@@ -404,8 +409,10 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 
 def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:
+  """Evaluates; the report then shows the run up to here."""
   result = run.evaluate()
   files.evaluated(result)
+  write_report(run.workdir)
   progress.message(
     f"held-out reward after {run.step} steps: {result.rewards.mean():.3f}"
   )

@@ -123,6 +123,8 @@ def main(name: str) -> None:
     given = [flag.name for flag in own if flag.present]
     if other != name and given:
       raise UserError(f"--{given[0]} is a flag of {other}, not of {name}")
+  if _OUT.value:  # fails before the benchmark where it cannot be written
+    os.makedirs(os.path.dirname(os.path.abspath(_OUT.value)), exist_ok=True)
   BENCHMARKS[name][0]()
   if _OUT.value:
     shutil.copyfile(os.path.join(_WORKDIR.value, f"{name}.json"), _OUT.value)

@@ -5,8 +5,11 @@ inputs.npz, outputs.npz and, if there, meta.json. Prints one line an output;
 exits 1 if any is out of tolerance.
 """
 
+import os
 import sys
 from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import app, flags
 

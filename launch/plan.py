@@ -5,9 +5,10 @@
   python launch/plan.py --config=configs/X.py --device=H100 --devices=32 \\
     --model=wan2.1-14b --price=2.5
 
-Nothing runs: units cost what an earlier run measured (--timeline), what a file
-says (--costs), or what FLOPs and figures of a device come to (--device). With
---out it leaves plan.html, plan.json, timeline.json and costs.json there.
+Units cost what an earlier run measured (--timeline), what a file says (--costs),
+or what FLOPs and figures of a device come to (--device). With none of these a
+unit of each kind is measured here, on the devices of the config. With --out it
+leaves plan.html, plan.json, timeline.json and costs.json there.
 """
 
 import os
@@ -44,9 +45,7 @@ _LANES = flags.DEFINE_integer(
 )
 _PRICE = flags.DEFINE_float("price", 0.0, "Of a device for an hour.")
 _OUT = flags.DEFINE_string("out", None, "Directory for page, JSON, timeline.")
-flags.mark_flags_as_mutual_exclusive(
-  ["costs", "timeline", "device"], required=True
-)
+flags.mark_flags_as_mutual_exclusive(["costs", "timeline", "device"])
 
 
 def main() -> None:
@@ -59,12 +58,12 @@ def main() -> None:
     raise UserError(f"--devices={devices}: a plan needs at least one")
   if _DEVICE.value:
     table, assumed = _ledger(config, devices)
+  elif _COSTS.value:
+    table, assumed = planning.read_table(_COSTS.value), ()
+  elif _TIMELINE.value:
+    table, assumed = planning.measured_table(_TIMELINE.value), ()
   else:
-    if _COSTS.value:
-      table = planning.read_table(_COSTS.value)
-    else:
-      table = planning.measured_table(_TIMELINE.value)
-    assumed = ()
+    table, assumed = _measured(config), NOT_MEASURED
   plan = planning.make_plan(
     config,
     assemble.workload(config),
@@ -81,11 +80,39 @@ def main() -> None:
           "costs.json")  # fmt: skip
 
 
+NOT_MEASURED = ("the optimiser and the publish cost nothing",)
+
+
+def _measured(config):  # noqa: ANN001, ANN202
+  """Costs of units that run here once the run is placed."""
+  import math
+  import tempfile
+
+  from digen_jax import training
+  from digen_jax.launching import start_devices
+  from digen_jax.pipeline.cost_table import table_from_measured
+
+  start_devices(config.devices)
+  with tempfile.TemporaryDirectory() as workdir:
+    run = training.Run(config, workdir)
+    measured = run.measure()
+    run.close()
+  meshes = {name: lane.shape for name, lane in run.hardware.items()}
+  return table_from_measured(
+    measured,
+    {name: math.prod(mesh.values()) for name, mesh in meshes.items()},
+    shards={name: mesh.get("tensor", 1) for name, mesh in meshes.items()},
+    roles={name: name for name in meshes},
+    source="measured here",
+  )
+
+
 def _ledger(config, devices):  # noqa: ANN001, ANN202
   import dataclasses
 
   from digen_jax import planning
   from digen_jax.device_costs import ledger_table
+  from digen_jax.models.published import find_model
 
   kinds = [
     planning.find_device(name)
@@ -94,9 +121,21 @@ def _ledger(config, devices):  # noqa: ANN001, ANN202
   if _MFU.value is not None:
     parts = dict(generate=_MFU.value, train=_MFU.value)
     kinds = [dataclasses.replace(kind, **parts) for kind in kinds]
+  sampling = config.sampling
+  if _MODEL.value:  # a config of another model knows nothing of its size
+    settings = find_model(_MODEL.value).settings
+    names = ("height", "width", "num_frames", "guidance_scale")
+    own = {name: getattr(settings, name) for name in names}
+    sampling = dataclasses.replace(sampling, **own)
+    config = dataclasses.replace(config, sampling=sampling)
+  size = f"{sampling.num_frames} x {sampling.height} x {sampling.width}"
   job = planning.job_of(config, _MODEL.value)
   table = ledger_table(job, *kinds, devices)
-  return table, tuple(planning.assumptions(job, kinds))
+  assumed = [
+    f"frames x height x width: {size}; guidance {sampling.guidance_scale}",
+    *planning.assumptions(job, kinds),
+  ]
+  return table, tuple(assumed)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ fi
   echo "digen_jax needs Python 3.11 or newer: install one, or set PYTHON" >&2
   exit 2
 }
-[ -x .venv/bin/python ] || "$python" -m venv .venv
+# Without pip it is what a failed or interrupted attempt left behind.
+.venv/bin/python -m pip --version >/dev/null 2>&1 || "$python" -m venv .venv
 # The stamp holds what was installed: a changed pyproject.toml installs again.
 stamp=".venv/.digen_jax-${extra:-core}"
 if ! cmp -s pyproject.toml "$stamp"; then

@@ -82,18 +82,7 @@ def test_there_must_be_something_to_choose(mode, prompts_file):
 
 def test_units_are_measured_in_two_sizes(prompts_file, tmp_path):
   run = training.Run(from_config_dict(small_config(prompts_file)), tmp_path)
-  whole = run.program
-  halves = Program(
-    run.config,
-    auto_split.smaller(run.work),
-    whole.recipe,
-    run.team,
-    run.reward,
-    run.stream,
-    whole.conditioning,
-    run.negative,
-  )
-  found = auto_split.measure([whole, halves], step=0)
+  found = run.measure()
   assert {(m.lane, m.kind, m.size) for m in found} == {
     ("rollout", Kind.GENERATE, 8),
     ("rollout", Kind.GENERATE, 4),
@@ -145,12 +134,14 @@ def test_packs_are_as_large_as_memory_allows(room, pack):
         raise RuntimeError("RESOURCE_EXHAUSTED: out of memory on GPU_0")
       return []
 
+  hardware = Hardware({"fsdp": 1}, 1, 1, "NVIDIA H100")
+  links = {"trainer": types.SimpleNamespace(hardware=hardware)}
   run = types.SimpleNamespace(
     config=Config(),
     work=work,
-    team=types.SimpleNamespace(learners=("trainer",)),
-    hardware={"trainer": Hardware({"fsdp": 1}, 1, 1, "NVIDIA H100")},
+    team=types.SimpleNamespace(learners=("trainer",), links=links),
+    _program=Trial,
   )
-  assert training.Run._fitting(run, Trial).pack == pack
+  assert training.Run._fitting(run).pack == pack
   run.config = from_config_dict({"pipeline": {"timesteps_per_pack": 2}})
-  assert training.Run._fitting(run, Trial) is work
+  assert training.Run._fitting(run) is work

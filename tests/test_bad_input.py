@@ -59,6 +59,15 @@ def test_blank_lines_between_prompts_are_fine(tmp_path):
   assert read_prompts(file) == ["a red circle", "three green squares"]
 
 
+@pytest.mark.parametrize("held_out", [False, True])
+def test_prompts_that_the_reward_cannot_read(held_out, prompts_file, tmp_path):
+  file = tmp_path / "bad.txt"
+  file.write_text("a red circle\nthree cats\nthree green squares\n")
+  config = small_config(prompts_file if held_out else file)
+  config.eval.prompts = str(file)
+  refused(config, tmp_path, '"three cats" is outside the grammar')
+
+
 def edit_tensors(checkpoint, edit):
   tensors = load_file(checkpoint / WEIGHTS)
   edit(tensors)

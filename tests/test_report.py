@@ -64,7 +64,8 @@ def workdir(tmp_path):
       "prompts": "<script>alert(1)</script>",
     },
     "versions": {"jax": "0.10.2"},
-    "devices": ["TPU v5", "TPU v5"],
+    "devices": {"rollout": "TPU v5", "trainer": "TPU v6"},
+    "meshes": {"rollout": {"data": 2, "tensor": 2}, "trainer": {"fsdp": 3}},
   }
   (run / "config.json").write_text(json.dumps(config))
   lines = [json.dumps(row) + "\n" for row in rows()]
@@ -133,7 +134,8 @@ def test_everything_is_there(workdir):
   ]
   text = " ".join(page.text)
   for shown in (
-    "step 12 of 40 · tiny-flux · flow_sde · 2 × TPU v5",
+    "step 12 of 40 · tiny-flux · flow_sde · rollout: 4 × TPU v5 · "
+    "trainer: 3 × TPU v6",
     "0.625",  # held-out reward after
     "from 0.250",
     "+0.375",

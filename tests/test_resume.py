@@ -1,5 +1,6 @@
 """Stopping and going on: the same end, whatever happened on the way."""
 
+import json
 import os
 import random
 import shutil
@@ -75,11 +76,12 @@ def test_another_run_in_the_directory_is_refused(stopped, tmp_path):
   workdir = shutil.copytree(stopped[1], tmp_path / "run")
   config = stopped[0].copy_and_resolve_references()
   before = {p: p.stat().st_mtime_ns for p in workdir.rglob("*")}
-  config.seed = 1
+  other = stopped[0].copy_and_resolve_references()
+  other.seed, other.prompts = 1, str(tmp_path / "prompts.txt")
+  Path(other.prompts).write_text("a green circle\n")  # not embedded yet
   with pytest.raises(UserError, match=r"config\.seed=0, not 1"):
-    training.train(from_config_dict(config), workdir)
+    training.train(from_config_dict(other), workdir)
 
-  config.seed = 0
   moved = shutil.copytree(config.checkpoint, tmp_path / "flux")
   config.checkpoint = str(moved)
   training.Run(from_config_dict(config), workdir).close()
@@ -90,6 +92,25 @@ def test_another_run_in_the_directory_is_refused(stopped, tmp_path):
   with pytest.raises(UserError, match="flux holds other files"):
     training.train(from_config_dict(config), workdir)
   assert {p: p.stat().st_mtime_ns for p in workdir.rglob("*")} == before
+
+
+def test_a_failed_evaluation_loses_nothing(stopped, tmp_path, monkeypatch):
+  workdir = shutil.copytree(stopped[1], tmp_path / "run")
+  config = from_config_dict(stopped[0])
+  evaluate = training.Run.evaluate
+
+  def down(_):
+    raise UserError("the reward server is down")
+
+  monkeypatch.setattr(training.Run, "evaluate", down)
+  with pytest.raises(UserError, match="server is down"):
+    training.train(config, workdir)
+  monkeypatch.setattr(training.Run, "evaluate", evaluate)
+  trained = (workdir / "metrics.jsonl").read_bytes()
+  training.train(config, workdir)
+  assert (workdir / "metrics.jsonl").read_bytes() == trained
+  rows = json.loads((workdir / "evaluation.json").read_text())
+  assert [row["step"] for row in rows] == [0, 2, 3]
 
 
 CONFIG_FILE = """

@@ -166,8 +166,6 @@ def _axis_sizes(
 def _parse(role: str, value: Any, axis: str) -> dict[str, int] | None:
   if value == "auto":
     return None
-  if isinstance(value, str) and value.isdigit():  # as a flag gives it
-    value = int(value)
   axes = {axis: value} if isinstance(value, int) else value
   if not isinstance(axes, Mapping) or not axes:
     raise UserError(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -29,6 +29,13 @@ class Composite:
 
   rewards: tuple[Reward, ...]
   weights: tuple[float, ...]
+
+  def check(self, prompts: Iterable[str]) -> None:
+    """Raises UserError where a reward cannot read one of the prompts."""
+    for reward in self.rewards:
+      check = getattr(reward.function, "check_prompt", None)
+      for prompt in dict.fromkeys(prompts) if check else ():
+        check(prompt)
 
   def score(self, images: np.ndarray, prompts: list[str]) -> Scores:
     """Scores N images; arguments and errors as in `protocol.score`."""

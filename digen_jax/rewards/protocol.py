@@ -55,6 +55,21 @@ def takes_pil(function: Callable) -> Callable:
   return function
 
 
+def checks_prompts(check: Callable[[str], object]) -> Callable:
+  """Decorator: the reward can read only some prompts.
+
+  Args:
+    check: raises `UserError` on a prompt that it cannot; called with every
+      prompt of a run before anything is generated.
+  """
+
+  def decorate(function: Callable) -> Callable:
+    function.check_prompt = check
+    return function
+
+  return decorate
+
+
 def to_uint8(images: np.ndarray) -> np.ndarray:
   """Images in [0, 1] as uint8, clipped and rounded; uint8 stays as it is."""
   if images.dtype == np.uint8:

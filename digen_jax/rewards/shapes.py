@@ -21,7 +21,7 @@ from scipy import ndimage
 from digen_jax.data import scenes
 from digen_jax.data.scenes import Spec
 from digen_jax.errors import UserError
-from digen_jax.rewards.protocol import to_uint8
+from digen_jax.rewards.protocol import checks_prompts, to_uint8
 
 STRAY_COST = 0.25  # off the total for each object beyond the number asked for
 
@@ -193,26 +193,31 @@ def _score(
   return np.asarray([part(o, s) for o, s in zip(objects, specs)], np.float32)
 
 
+@checks_prompts(scenes.parse_caption)
 def score_shapes(images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """The whole reward (`total`); arguments as in `rewards.protocol`."""
   return _score(images, prompts, total)
 
 
+@checks_prompts(scenes.parse_caption)
 def score_presence(images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """`presence` alone."""
   return _score(images, prompts, presence)
 
 
+@checks_prompts(scenes.parse_caption)
 def score_colour(images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """`colour` alone."""
   return _score(images, prompts, colour)
 
 
+@checks_prompts(scenes.parse_caption)
 def score_count(images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """`count` alone."""
   return _score(images, prompts, count)
 
 
+@checks_prompts(scenes.parse_caption)
 def score_position(images: np.ndarray, prompts: list[str]) -> np.ndarray:
   """`position` alone."""
   return _score(images, prompts, position)
