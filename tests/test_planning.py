@@ -264,10 +264,11 @@ def test_units_are_padded_to_what_a_step_has():
 
 
 def test_a_tensor_parallel_timeline_is_read_as_one(tmp_path):
+  at = {"step": 0}
   spans = [
-    Span("generate", "rollout", 0.0, 1.0, {"size": 8}),
-    Span("train", "trainer", 1.0, 2.0, {"size": 8}),
-    Span("update", "trainer", 2.0, 2.5, {"size": 0}),
+    Span("generate", "rollout", 0.0, 1.0, at | {"size": 8}),
+    Span("train", "trainer", 1.0, 2.0, at | {"size": 8}),
+    Span("update", "trainer", 2.0, 2.5, at | {"size": 0}),
   ]
   path = tmp_path / "timeline.json"
   write_trace(path, spans)
