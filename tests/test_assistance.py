@@ -39,6 +39,8 @@ def first_step(config, workdir):
     return update(*args)
 
   trainer.update = recorded
+  # Who generates and trains holds what is not trained once.
+  assert not trainer.generates or trainer.frozen_train is trainer.frozen
   job.warm_up()
   row, _ = job.train_one_step()
   params = to_host(trainer.state["trainable"])
@@ -106,6 +108,32 @@ def test_later_updates_are_assisted_with_borrowed_weights(
   assert assisted[2]["trained_by"]["rollout"] > 0
   assert borrowed
   assert 0 < distance(borrowed[-1], assisted[1]) < 0.01  # not the last weights
+
+
+def test_a_pack_that_does_not_fit_leaves_no_gradient_behind():
+  def gradients():
+    if island._gradients:
+      raise RuntimeError("RESOURCE_EXHAUSTED")
+    island._gradients[0] = np.ones(3)
+
+  island = types.SimpleNamespace(_gradients={}, gradients=gradients)
+  with pytest.raises(RuntimeError, match="EXHAUSTED"):
+    Island.measure(island, "gradients")
+  assert not island._gradients
+
+
+def test_an_update_that_lacks_a_gradient_is_refused():
+  island = types.SimpleNamespace(
+    _added=2,
+    total="sum",
+    state="as it was",
+    lane=types.SimpleNamespace(name="t"),
+  )
+  with pytest.raises(
+    RuntimeError, match=r"3 gradients were sent .* 2 have come"
+  ):
+    Island.update(island, 3)
+  assert (island.total, island.state) == ("sum", "as it was")
 
 
 @pytest.mark.parametrize("pays", [True, False])
