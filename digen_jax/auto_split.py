@@ -148,4 +148,5 @@ def techniques_of(pipeline: Pipeline) -> Techniques:
     rat=pipeline.rat,
     bts=pipeline.bts,
     tcss=pipeline.tcss,
+    reward_slots=pipeline.reward_slots,
   )

@@ -8,6 +8,7 @@ What lanes give each other (weights, gradients of RAT) goes from actor to actor
 through Ray's object store, and not through the driver.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import math
@@ -102,11 +103,19 @@ def _share(
 
 @dataclasses.dataclass(frozen=True)
 class Remote:
-  """A result that an actor is making."""
+  """A result that an actor is making.
+
+  It stays where it was made until it is asked for. Weights and gradients never
+  are: they are arguments of calls to other actors.
+  """
 
   ref: Any
-  future: Any
   lane: str
+
+  @functools.cached_property
+  def future(self) -> concurrent.futures.Future:
+    """Fetches the result into this process."""
+    return self.ref.future()
 
   def ready(self) -> bool:
     """Whether it is there, or has failed."""
@@ -175,7 +184,7 @@ class RayLink:
     self._ray.kill(self._actor)
 
   def _remote(self, ref: Any) -> Remote:
-    return Remote(ref, ref.future(), self._lane)
+    return Remote(ref, self._lane)
 
 
 def _refs(args: Sequence[Any]) -> list[Any]:

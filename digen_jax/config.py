@@ -148,6 +148,7 @@ class Pipeline:
     lanes: "local", meshes of this process, or "ray", a process for each lane
       (extra `cluster`).
     retries: how often in a step a unit that failed is run again.
+    reward_slots: reward calls under way at once, each in a thread of its own.
     generate_size: samples per Generate unit; 0 means one group.
     train_size: samples per Train unit; 0 means one group.
     timesteps_per_pack: trained steps per pack under TSP; 0 means all, or on
@@ -164,6 +165,7 @@ class Pipeline:
   tag_layout: str = "auto"
   lanes: str = "local"
   retries: int = 0
+  reward_slots: int = 4
   generate_size: int = 0
   train_size: int = 0
   timesteps_per_pack: int = 0
@@ -401,6 +403,7 @@ def check(config: Config) -> None:
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),
     ("pipeline.retries", config.pipeline.retries, 0),
+    ("pipeline.reward_slots", config.pipeline.reward_slots, 1),
     ("vae.tiling", config.vae.tiling, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),

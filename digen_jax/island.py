@@ -59,7 +59,7 @@ class Parcel:
   """Weights on their way to another lane.
 
   Attributes:
-    version: policy version.
+    version: policy version; of borrowed weights the update they are for.
     params: trainable parameters.
     sums: their checksums, by leaf.
   """
@@ -98,23 +98,23 @@ class Island:
     self._rollout_layout = self._layout(weights.trainable, rules.ROLLOUT)
     self._trainer_layout = self._layout(weights.trainable, rules.TRAINER)
     self._frozen_layout = self._layout(weights.frozen, rules.ROLLOUT)
-    trainer_frozen = self._layout(weights.frozen, rules.TRAINER)
-    self.same_layout = (self._rollout_layout, self._frozen_layout) == (
-      self._trainer_layout,
-      trainer_frozen,
-    )
 
     self.decoder = self.reference = self._incoming = None
+    self._borrowed = self._lent = None
     if Kind.GENERATE in lane.kinds | lane.assists:
       self.decoder = jax.device_put(weights.decoder, replicated(mesh))
     if self.generates:
       self._published = reshard(weights.trainable, self._rollout_layout)
-      self.frozen = reshard(weights.frozen, self._frozen_layout)
+      # Never donated: it may share buffers with what it was loaded into.
+      self.frozen = jax.device_put(weights.frozen, self._frozen_layout)
       self.version = 0
     if self.trains:
-      shared = self.generates and self.same_layout
+      layout = self._layout(weights.frozen, rules.TRAINER)
+      # Whoever generates holds it whole; a second, split copy saves nothing.
       self.frozen_train = (
-        self.frozen if shared else reshard(weights.frozen, trainer_frozen)
+        self.frozen
+        if self.generates
+        else jax.device_put(weights.frozen, layout)
       )
       trainable = own(reshard(weights.trainable, self._trainer_layout))
       self.state = {
@@ -129,6 +129,7 @@ class Island:
     self._block: tuple[Any, Any] | None = None  # of an assisting trainer
     self._gradients: dict[int, Any] = {}
     self.total: Any = None
+    self._added = 0
     self._functions = self._define()
     self._compiled: dict[tuple, Callable] = {}
 
@@ -144,15 +145,31 @@ class Island:
       self._published, self.version = received, parcel.version
     return self._published
 
-  def receive(self, parcel: Parcel) -> int:
-    """Takes in a new version. It is checked before it is first used.
-
-    Returns:
-      Bytes received.
-    """
+  def receive(self, parcel: Parcel) -> None:
+    """Takes in a new version. It is checked before it is first used."""
     received = reshard(parcel.params, self._rollout_layout)
     self._incoming = parcel, received, checksums(received)
-    return sum(leaf.nbytes for leaf in jax.tree.leaves(received))
+    self._borrowed = self._lent = None
+
+  def borrow(self, parcel: Parcel) -> Any:
+    """Takes in the trainer's weights between two updates of a step.
+
+    Gradients are taken of them until the next version comes, or other weights
+    are borrowed. Like a version they are checked before they are first used.
+    """
+    received = reshard(parcel.params, self._rollout_layout)
+    self._lent = parcel, received, checksums(received)
+    return received
+
+  @property
+  def borrowed(self) -> Any:
+    """What was borrowed last, checked; None if the version is newer."""
+    if self._lent is not None:
+      parcel, received, sums = self._lent
+      self._lent = None
+      check(parcel.sums, sums)
+      self._borrowed = received
+    return self._borrowed
 
   def generate(
     self, version: int, *args: Any
@@ -202,7 +219,8 @@ class Island:
     self._block = None
     if self.trains and not self.generates and resharded:
       params = reshard(self.state["trainable"], self._rollout_layout)
-      self._block = params, reshard(self.frozen_train, self._frozen_layout)
+      frozen = jax.device_put(self.frozen_train, self._frozen_layout)
+      self._block = params, frozen
     return self._block
 
   def sample(
@@ -256,7 +274,7 @@ class Island:
     if self.trains:
       params, frozen = self.state["trainable"], self.frozen_train
     else:
-      params, frozen = self.published, self.frozen
+      params, frozen = self.borrowed or self.published, self.frozen
     return (
       params,
       frozen,
@@ -279,9 +297,23 @@ class Island:
     if self.total is not None:
       gradient = self._run("add", self.total, gradient)
     self.total = gradient
+    self._added += 1
 
-  def update(self) -> dict[str, jax.Array]:
-    """`policy.update` in place; no gradient at all counts as zero."""
+  def update(self, expected: int) -> dict[str, jax.Array]:
+    """`policy.update` in place; no gradient at all counts as zero.
+
+    Args:
+      expected: how many gradients have been given to `add` since the last one.
+
+    Raises:
+      RuntimeError: another number has come; the state is as it was.
+    """
+    if self._added != expected:
+      raise RuntimeError(
+        f"{expected} gradients were sent to lane {self.lane.name!r} for this "
+        f"update and {self._added} have come"
+      )
+    self._added = 0
     gradient, self.total, self._block = self.total, None, None
     if gradient is None:
       gradient = jax.tree.map(jnp.zeros_like, self.state["trainable"])
@@ -289,11 +321,17 @@ class Island:
     self.state, metrics = self._run("update", self.state, gradient)
     return metrics
 
-  def outgoing(self, version: int) -> Parcel:
-    """What was trained, as a new version."""
+  def outgoing(self, version: int) -> tuple[int, Parcel]:
+    """What was trained, as a new version: its bytes, and itself."""
     self.state_version = version
     params = self.state["trainable"]
-    return Parcel(version, params, checksums(params))
+    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
+    return size, Parcel(version, params, checksums(params))
+
+  def interim(self, update: int) -> Parcel:
+    """What was trained so far in a step, for the gradients of `update`."""
+    params = self.state["trainable"]
+    return Parcel(update, params, checksums(params))
 
   def averaged(self) -> Any:
     """What evaluation samples with: the average if there is one."""
@@ -351,11 +389,13 @@ class Island:
 
     Changes nothing that lasts.
     """
-    for _ in range(2):
-      start = time.perf_counter()
-      jax.block_until_ready(getattr(self, name)(*args))
-      seconds = time.perf_counter() - start
-    self._gradients.clear()
+    try:
+      for _ in range(2):
+        start = time.perf_counter()
+        jax.block_until_ready(getattr(self, name)(*args))
+        seconds = time.perf_counter() - start
+    finally:  # a smaller pack may fit where this one did not
+      self._gradients.clear()
     return seconds
 
   def _run(self, name: str, *args: Any) -> Any:

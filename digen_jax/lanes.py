@@ -15,8 +15,6 @@ from digen_jax.parallel.rules import check_heads
 from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.units import Kind
 
-HOST_SLOTS = 4  # reward calls under way at once
-
 
 @dataclasses.dataclass(frozen=True)
 class Team:
@@ -46,7 +44,7 @@ class Team:
 
 def make_lanes(pipeline: Pipeline) -> tuple[Lane, ...]:
   """The lanes of a run, and the host threads that score."""
-  host = Lane("host", frozenset({Kind.SCORE}), slots=HOST_SLOTS)
+  host = Lane("host", frozenset({Kind.SCORE}), slots=pipeline.reward_slots)
   if pipeline.mode == "colocated":
     return Lane("colocated", frozenset(Kind) - host.kinds), host
   trainer = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})

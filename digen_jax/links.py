@@ -4,9 +4,10 @@ A call returns at once with what is pending. What is pending on one island may
 be an argument of a call to another.
 """
 
+import concurrent.futures
 import dataclasses
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 from jax.sharding import Mesh
@@ -16,7 +17,13 @@ from digen_jax.parallel.mesh import batch_shards
 
 
 class Pending(Protocol):
-  """A result under way."""
+  """A result under way.
+
+  Attributes:
+    future: done when `ready` is true; None where that must be asked.
+  """
+
+  future: concurrent.futures.Future | None
 
   def ready(self) -> bool:
     """Whether it is there, or has failed; does not block."""
@@ -73,6 +80,7 @@ class Computing:
   """Arrays of this process, computed asynchronously."""
 
   value: Any
+  future: ClassVar[None] = None
 
   def ready(self) -> bool:
     """Whether every array has been computed."""

@@ -164,7 +164,9 @@ def measured_table(timeline: str | Path) -> CostTable:
   meshes = read_json(record).get("meshes", {}) if record.exists() else {}
   lanes = {span.lane for span in spans if span.name != "score"}
   devices = {n: math.prod(meshes.get(n, {"": 1}).values()) for n in lanes}
-  return table_from_spans(spans, devices, source=f"measured, {path}")
+  shards = {n: meshes.get(n, {}).get("tensor", 1) for n in lanes}
+  source = f"measured, {path}"
+  return table_from_spans(spans, devices, shards=shards, source=source)
 
 
 def configured_split(config: Config, work: Workload, devices: int) -> Split:
@@ -228,15 +230,21 @@ def make_plan(
     price: of a device for an hour.
     assumed: what the table rests on.
   """
+  if not config.pipeline.tsp:  # rungs that have it fold all trained steps
+    work = dataclasses.replace(work, pack=work.window)
   split = configured_split(config, work, devices)
   if auto_split.wanted(config, devices):
     choice = auto_split.compare(table, work, config.pipeline, devices)
     split = choice.best.split
   techniques = auto_split.techniques_of(config.pipeline)
-  rungs = RUNGS
+  slots = config.pipeline.reward_slots
+  rungs = {
+    name: dataclasses.replace(rung, reward_slots=slots)
+    for name, rung in RUNGS.items()
+  }
   if devices == 1:
     techniques = dataclasses.replace(techniques, colocated=True)
-    rungs = {"colocated": RUNGS["colocated"]}
+    rungs = {"colocated": rungs["colocated"]}
   splits = best_splits(table, work, devices, rungs, most_lanes=most_lanes)
   return Plan(
     table=table,

@@ -41,6 +41,11 @@ class DeviceWork(Handle):
   pending: Pending
   take: Callable[[Any], None]
 
+  @property
+  def future(self) -> concurrent.futures.Future | None:
+    """Of a lane in another process."""
+    return self.pending.future
+
   def ready(self) -> bool:
     """Whether it has been computed."""
     return self.pending.ready()
@@ -175,6 +180,7 @@ class Program:
     self.conditioning, self.negative = match_text(conditioning, negative)
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0
+    self._receipt: Pending | None = None  # of the last publish
     self.resharded_blocks = False
     sampling = config.sampling
     self._step_weights = np.ones(sampling.num_steps, np.float32)
@@ -182,7 +188,7 @@ class Program:
       trained = sampling.window_first or sampling.num_steps - 1
       self._step_weights = recipe.step_weights(trained)
     self._threads = concurrent.futures.ThreadPoolExecutor(
-      max_workers=4, thread_name_prefix="reward"
+      max_workers=config.pipeline.reward_slots, thread_name_prefix="reward"
     )
     self._steps: dict[int, Samples] = {}
 
@@ -207,6 +213,8 @@ class Program:
     self._order = {unit: i for i, unit in enumerate(trains)}
     self._early: dict[Unit, Any] = {}
     self._summed = 0
+    self._added = 0  # calls since the last update
+    self._interim: Pending | None = None  # weights between two updates
     self.updated = False
 
   def _of(self, step: int) -> Samples:
@@ -244,7 +252,9 @@ class Program:
       ]
       for future in work:
         future.result()
-    self._send(self.team.trainer, step).result()  # the same version once more
+    self._send(self.team.trainer, step)[
+      1
+    ].result()  # the same version once more
 
   def _prepare(self, calls: list[tuple[str, tuple]]) -> None:
     for lane, args in calls:
@@ -342,11 +352,13 @@ class Program:
 
   def switch(self, lane: str, unit: Unit) -> Handle:
     """Prepares a lane to assist."""
-    del unit
-    resharded = self.resharded_blocks
-    return DeviceWork(
-      self.links[lane].call("switch", resharded), lambda _: None
+    link = self.links[lane]
+    pending = (
+      link.call("borrow", self._interim)
+      if unit.update
+      else link.call("switch", self.resharded_blocks)
     )
+    return DeviceWork(pending, lambda _: None)
 
   def _generate_args(self, lane: str, unit: Unit) -> tuple:
     """Arguments of `policy.generate`, on the host."""
@@ -458,7 +470,11 @@ class Program:
         f"the gradient of samples {missing[0].start}:{missing[0].stop} is missing"
       )
     self.updated = True
-    metrics = self.links[lane].call("update")
+    metrics = self.links[lane].call("update", self._added)
+    self._added = 0
+    if unit.update + 1 < self.work.updates and len(self.team.learners) > 1:
+      # At once: later it would queue behind the trainer's Train units.
+      self._interim = self.links[lane].call("interim", unit.update + 1)
 
     def take(metrics: dict[str, jax.Array]) -> None:
       norm = float(metrics["grad_norm"])
@@ -473,22 +489,30 @@ class Program:
     return DeviceWork(metrics, take)
 
   def publish(self, lane: str, unit: Unit) -> Handle:
-    """Copies what was trained to the rollout layout; verified before use."""
-    pending = self._send(lane, unit.step + 1)
+    """Copies what was trained to the rollout layout; verified before use.
+
+    It is done when the trainer has parted with the weights. Calls to an island
+    keep their order, so the next version has arrived before it is asked for;
+    the rollout lane, which may be busy with a stale unit, is not waited for.
+    """
+    if self._receipt is not None:
+      self._receipt.result()
+    size, self._receipt = self._send(lane, unit.step + 1)
 
     def take(size: int) -> None:
       self.publish_bytes = size
 
-    return DeviceWork(pending, take)
+    return DeviceWork(size, take)
 
-  def _send(self, lane: str, version: int) -> Pending:
-    parcel = self.links[lane].call("outgoing", version)
-    return self.links[self.team.rollout].call("receive", parcel)
+  def _send(self, lane: str, version: int) -> tuple[Pending, Pending]:
+    """Bytes on their way, and what tells that they have arrived."""
+    size, parcel = self.links[lane].call_pair("outgoing", version)
+    return size, self.links[self.team.rollout].call("receive", parcel)
 
   def restore(self, step: int) -> None:
     """Goes on from a checkpoint."""
     self.links[self.team.trainer].call("restore", step).result()
-    self._send(self.team.trainer, step).result()
+    self._send(self.team.trainer, step)[1].result()
 
   def metrics(self) -> dict[str, Any]:
     """What the step's samples and packs say; means over trained rows."""
@@ -579,6 +603,7 @@ class Program:
       if unit in self._early:
         gradient = self._early.pop(unit)
         self.links[self.team.trainer].call("add", gradient)
+        self._added += 1
       elif not self._is_dead(unit):
         return
       self._summed += 1

@@ -21,17 +21,17 @@ ANSWERS = frozenset(
     "averaged",
     "generate",
     "gradients",
+    "interim",
     "latest",
     "measure",
     "outgoing",
-    "receive",
     "record",
     "sample",
     "update",
   }
 )
-# Methods that nobody waits for.
-UNHEARD = frozenset({"add", "switch"})
+# Methods that nobody need have waited for.
+UNHEARD = frozenset({"add", "receive", "switch"})
 
 
 def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":

@@ -23,11 +23,11 @@ from digen_jax.parallel.rules import TRAINER
 from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
-from digen_jax.pipeline.planner import stale_pays
+from digen_jax.pipeline.planner import quick_end, stale_pays
 from digen_jax.pipeline.scheduler import State, next_step, start_step
-from digen_jax.pipeline.search import Budget, Search
-from digen_jax.pipeline.simulate import Assist, always, simulate
-from digen_jax.pipeline.units import Kind, Workload
+from digen_jax.pipeline.search import LIVE, Search
+from digen_jax.pipeline.simulate import Assist, always
+from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.program import Program
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
@@ -35,7 +35,6 @@ from digen_jax.throughput import lane_throughput, unit_flops
 from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
-SEARCH_SECONDS = 0.02  # of a bubble search; units take longer
 SAVED = (
   "(the state before the step has been saved: the same command goes on from it)"
 )
@@ -122,7 +121,7 @@ class Run:
     self.trainer = links[self.team.trainer]
     self.work = self._fitting()
     self.program = program(self.team, self.work)
-    self.costs = Costs()
+    self.costs = Costs(full_sizes(self.work))
     self.executor = Executor(
       self.lanes,
       self.program.starts,
@@ -181,7 +180,7 @@ class Run:
     """Whether an idle lane should help: searched for, or always."""
     if not self.config.pipeline.bts:
       return always
-    return Search(self.lanes, self.costs, Budget(seconds=SEARCH_SECONDS))
+    return Search(self.lanes, self.costs, LIVE)
 
   def _resume(self) -> int:
     """Loads the newest checkpoint, if any: the step to go on with."""
@@ -295,8 +294,8 @@ class Run:
     """Seconds the step should take; None before anything was measured."""
     if not self._measured():
       return None
-    spans = simulate(state, self.lanes, self.costs, assist=self._assist())
-    return max(span.end for span in spans)
+    left, bts = self.executor.left(), self.config.pipeline.bts
+    return quick_end(state, self.lanes, self.costs, left, bts=bts)
 
   def _metrics(
     self, spans: list[Span], start: float, end: float

@@ -9,6 +9,7 @@ import pytest
 from digen_jax import training
 from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
+from digen_jax.island import Island
 from digen_jax.pipeline.units import Workload
 from tests.small_run import distance, small_config, write_prompts
 
@@ -28,16 +29,18 @@ def config_of(prompts_file, **switches):
 
 
 def first_step(config, workdir):
-  """(accumulated gradient, new parameters, metrics) of the first step."""
+  """(gradient of each update, new parameters, metrics) of the first step."""
   job = training.Run(from_config_dict(config), workdir)
   trainer, gradients = job.trainer.island, []
   update = trainer.update
 
-  def recorded():
+  def recorded(*args):
     gradients.append(to_host(trainer.total))
-    return update()
+    return update(*args)
 
   trainer.update = recorded
+  # Who generates and trains holds what is not trained once.
+  assert not trainer.generates or trainer.frozen_train is trainer.frozen
   job.warm_up()
   row, _ = job.train_one_step()
   params = to_host(trainer.state["trainable"])
@@ -45,7 +48,7 @@ def first_step(config, workdir):
     np.testing.assert_array_equal, params, to_host(job.rollout.island.published)
   )
   job.close()
-  return gradients[0], params, row
+  return gradients, params, row
 
 
 @pytest.fixture(scope="module")
@@ -65,9 +68,9 @@ def test_assistance_gives_the_same_gradient(
   config = config_of(prompts_file, tag=True, rat=True, bts=False)
   rollout, trainer, config.pipeline.tag_layout = SPLITS[name]
   config.mesh.rollout, config.mesh.trainer = rollout, trainer
-  gradient, params, row = first_step(config, tmp_path / "run")
+  gradients, params, row = first_step(config, tmp_path / "run")
   # Rounding: the lanes have unequal shapes, and advantages cancel in the sum.
-  assert distance(reference[0], gradient) < 2e-6
+  assert distance(reference[0][0], gradients[0]) < 2e-6
   assert distance(reference[1], params) < 1e-4
   assert row["ratio_max_abs_log"] <= 1e-6
   # Both lanes did both kinds of work, and every unit was done once.
@@ -76,6 +79,61 @@ def test_assistance_gives_the_same_gradient(
   assert sum(row["generated_by"].values()) == 6
   dead = row["zero_std_groups"]
   assert sum(row["trained_by"].values()) == 6 - dead
+
+
+def test_later_updates_are_assisted_with_borrowed_weights(
+  prompts_file, tmp_path, monkeypatch
+):
+  borrowed, borrow = [], Island.borrow
+
+  def heard(island, parcel):
+    borrowed.append(to_host(parcel.params))
+    return borrow(island, parcel)
+
+  monkeypatch.setattr(Island, "borrow", heard)
+  found = {}
+  for name, switches in (
+    ("alone", dict(mode="colocated")),
+    ("assisted", dict(rat=True, bts=False)),
+  ):
+    config = config_of(prompts_file, timesteps_per_pack=1, **switches)
+    config.train.updates_per_batch = 2
+    # Adam's first steps are signs: what it makes of rounding is none.
+    config.train.learning_rate = 1e-5
+    found[name] = first_step(config, tmp_path / name)
+  alone, assisted = found["alone"], found["assisted"]
+  assert distance(alone[0][0], assisted[0][0]) < 2e-6
+  assert distance(alone[0][1], assisted[0][1]) < 1e-4
+  assert distance(alone[0][0], alone[0][1]) > 0.1
+  assert assisted[2]["trained_by"]["rollout"] > 0
+  assert borrowed
+  assert 0 < distance(borrowed[-1], assisted[1]) < 0.01  # not the last weights
+
+
+def test_a_pack_that_does_not_fit_leaves_no_gradient_behind():
+  def gradients():
+    if island._gradients:
+      raise RuntimeError("RESOURCE_EXHAUSTED")
+    island._gradients[0] = np.ones(3)
+
+  island = types.SimpleNamespace(_gradients={}, gradients=gradients)
+  with pytest.raises(RuntimeError, match="EXHAUSTED"):
+    Island.measure(island, "gradients")
+  assert not island._gradients
+
+
+def test_an_update_that_lacks_a_gradient_is_refused():
+  island = types.SimpleNamespace(
+    _added=2,
+    total="sum",
+    state="as it was",
+    lane=types.SimpleNamespace(name="t"),
+  )
+  with pytest.raises(
+    RuntimeError, match=r"3 gradients were sent .* 2 have come"
+  ):
+    Island.update(island, 3)
+  assert (island.total, island.state) == ("sum", "as it was")
 
 
 @pytest.mark.parametrize("pays", [True, False])

@@ -1,5 +1,6 @@
 """Lanes as Ray actors: shares of the machine, and the same result as here."""
 
+import concurrent.futures
 import os
 import signal
 import types
@@ -52,7 +53,7 @@ def test_ray_missing_names_the_extra(monkeypatch):
 class FakeIsland:
   mesh = None
 
-  def update(self):
+  def update(self, expected):
     return {"grad_norm": jax.numpy.ones(())}
 
   def add(self, gradient):
@@ -72,18 +73,40 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
   hardware = Hardware({"data": 1}, 1, 1, "cpu")
   monkeypatch.setattr(Hardware, "of", classmethod(lambda *_: hardware))
   served = serving.Served(FakeIsland())
-  metrics = served.call("update")
+  metrics = served.call("update", 0)
   assert isinstance(metrics["grad_norm"], np.ndarray | np.generic)
   assert served.call("switch", True) is None
   with pytest.raises(ValueError, match="no room for 3"):
     served.call("add", 3)  # nobody waits for it ...
   with pytest.raises(ValueError, match="no room for 3"):
-    served.call("update")  # ... so this one tells
+    served.call("update", 1)  # ... so this one tells
   served = serving.Served(FakeIsland())
   with pytest.raises(ZeroDivisionError):
     served.call("generate")
   assert served.call("save") is None  # and the state can be saved after it
-  assert "grad_norm" in served.call("update")  # ... or the unit run again
+  assert "grad_norm" in served.call("update", 0)  # ... or the unit run again
+
+
+class Ref:
+  """What an actor is making; it counts how often somebody fetches it."""
+
+  def __init__(self):
+    self.fetched = 0
+
+  def future(self):
+    self.fetched += 1
+    future = concurrent.futures.Future()
+    future.set_result(3)
+    return future
+
+
+def test_what_nobody_asks_for_stays_where_it_was_made():
+  ref = Ref()
+  remote = cluster.Remote(ref, "trainer")
+  assert cluster._refs([1, remote]) == [1, ref]
+  assert ref.fetched == 0
+  assert remote.ready() and remote.ready()
+  assert ref.fetched == 1
 
 
 @pytest.mark.slow

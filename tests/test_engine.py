@@ -27,9 +27,9 @@ def run(config, workdir, steps):
   trainer, rollout = job.trainer.island, job.rollout.island
   update = trainer.update
 
-  def recorded():
+  def recorded(*args):
     gradients.append(to_host(trainer.total))
-    return update()
+    return update(*args)
 
   trainer.update = recorded
   for _ in range(steps):

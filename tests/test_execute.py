@@ -1,5 +1,6 @@
 """The executor: the same schedule as the simulator, and failures."""
 
+import concurrent.futures
 import dataclasses
 
 import pytest
@@ -45,6 +46,7 @@ class Job:
   end: int
   error: Exception | None = None
   finished: int = 0
+  future = None
 
   def ready(self):
     return self.clock.now >= self.end
@@ -113,6 +115,47 @@ def test_costs_ignore_an_outlier_and_scale_to_other_sizes():
   for _ in range(WINDOW):
     costs.observe("trainer", unit, 3.0)
   assert costs("trainer", unit) == 3.0
+
+
+def test_a_padded_unit_costs_what_a_full_one_does():
+  costs = Costs({Kind.GENERATE: 8})
+  costs.observe("rollout", Unit(Kind.GENERATE, 0, 0, 8), 2.0)
+  assert costs("rollout", Unit(Kind.GENERATE, 0, 8, 11)) == 2.0
+  for _ in range(WINDOW):
+    costs.observe("rollout", Unit(Kind.GENERATE, 0, 8, 11), 3.0)
+  assert costs("rollout", Unit(Kind.GENERATE, 0, 0, 8)) == 3.0
+
+
+def test_taking_a_unit_in_is_part_of_its_cost_and_not_of_its_span(monkeypatch):
+  monkeypatch.setattr(
+    Job, "finish", lambda job: setattr(job.clock, "now", job.clock.now + 40)
+  )
+  spans, _, _, costs = run(monkeypatch)
+  unit = Unit(Kind.GENERATE, 0, 0, 2)
+  first = next(s for s in spans if s.name == "generate")
+  assert first.end - first.start == 5
+  assert costs("rollout", unit) >= 45
+
+
+def test_nothing_is_polled_where_futures_tell(monkeypatch):
+  clock, waited = Clock(), []
+
+  def wait(futures, timeout, when):
+    assert timeout < 1 and when == "FIRST_COMPLETED"
+    waited.append(len(futures))
+    clock.now += 1
+
+  def begin(lane, unit):
+    job = Job(clock, clock.now + COST[unit.kind])
+    job.future = concurrent.futures.Future()
+    return job
+
+  monkeypatch.setattr("time.sleep", lambda _: pytest.fail("polled"))
+  monkeypatch.setattr("concurrent.futures.wait", wait)
+  executor = Executor(LANES, dict.fromkeys(Kind, begin), Costs(), clock=clock)
+  assert executor.left() == {}
+  executor.run(start_step(WORK, 0))
+  assert max(waited) > 1
 
 
 def test_a_failed_unit_is_run_again_where_the_config_allows(monkeypatch):

@@ -48,8 +48,14 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.simulate import simulate
-from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
-from digen_jax.timeline import write_trace
+from digen_jax.pipeline.units import (
+  Kind,
+  Unit,
+  Workload,
+  full_sizes,
+  step_units,
+)
+from digen_jax.timeline import Span, write_trace
 
 rates = st.builds(Rate, st.floats(0, 2), st.floats(0.01, 2))
 roles = st.builds(
@@ -97,7 +103,7 @@ ROLE = RoleCosts(
   switch=Rate(0.1),
 )
 TABLE = CostTable(ROLE, ROLE, score=Rate(0.01))
-WORK = Workload(groups=8, group_size=4, window=4)
+WORK = Workload(groups=8, group_size=4, window=4, pack=4)
 
 
 @settings(max_examples=50, deadline=None)
@@ -212,11 +218,12 @@ def test_costs_of_a_timeline_predict_that_timeline(work, rung, seed):
   speed = collections.defaultdict(lambda: rng.uniform(0.5, 2.0))
 
   def truth(lane, unit):
-    base = 0.3 + 0.1 * unit.size
+    base = 0.3 + 0.1 * max(unit.size, full.get(unit.kind, 0))
     return base * speed[lane, unit.kind] * rng.uniform(0.95, 1.05)
 
   lanes, places = make_lanes(split, techniques)
   units = cut(work, split, techniques)
+  full = full_sizes(units)  # short units are padded
   steps = 12
   spans = simulate(
     start_step(units, 0, last=steps - 1), lanes, truth, last=steps - 1
@@ -227,6 +234,62 @@ def test_costs_of_a_timeline_predict_that_timeline(work, rung, seed):
   # Lanes that assist may shift a unit from one to the other.
   close = 0.25 if techniques.tag else 0.04
   assert predicted == pytest.approx(took, rel=close)
+
+
+def test_short_units_do_not_make_rows_look_free():
+  """Five groups in units of two: the last one is padded, and as slow."""
+  spans = [
+    Span("generate", "rollout", t, t + 1.0, {"size": n})
+    for t, n in enumerate((8, 8, 4))
+  ]
+  spans += [
+    Span("train", "trainer", t, t + 2.0, {"size": n})
+    for t, n in enumerate((16, 16, 8))
+  ]
+  table = table_from_spans(spans, {"rollout": 1, "trainer": 1})
+  assert table.rollout.generate == Rate(0.0, 1 / 8)
+  assert table.trainer.train == Rate(0.0, 2 / 16)
+  work = Workload(5, 4, 2, pack=2)
+  found = predict(table, work, Split(1, 1, 8, 8, 2), RUNGS["sequential"])
+  assert found.step_seconds == pytest.approx(3 * 1.0 + 6 * 1.0)
+
+
+def test_units_are_padded_to_what_a_step_has():
+  work = Workload(3, 4, 5, generate_size=16, train_size=8, pack=2)
+  assert full_sizes(work) == {Kind.GENERATE: 12, Kind.TRAIN: 16}
+  assert full_sizes(Workload(4, 2, 3, updates=2, train_size=8, pack=3)) == {
+    Kind.GENERATE: 2,
+    Kind.TRAIN: 12,
+  }
+
+
+def test_a_tensor_parallel_timeline_is_read_as_one(tmp_path):
+  at = {"step": 0}
+  spans = [
+    Span("generate", "rollout", 0.0, 1.0, at | {"size": 8}),
+    Span("train", "trainer", 1.0, 2.0, at | {"size": 8}),
+    Span("update", "trainer", 2.0, 2.5, at | {"size": 0}),
+  ]
+  path = tmp_path / "timeline.json"
+  write_trace(path, spans)
+  meshes = {"rollout": {"data": 2}, "trainer": {"fsdp": 2, "tensor": 4}}
+  (tmp_path / "config.json").write_text(json.dumps({"meshes": meshes}))
+  table = planning.measured_table(path)
+  assert (table.rollout.shards, table.trainer.shards) == (1, 4)
+  assert table.trainer.seconds(Kind.TRAIN, 8, 8) == pytest.approx(1.0)
+  assert table.trainer.seconds(Kind.TRAIN, 1, 8) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+  "tsp, pack, trained", [(True, 1, 1), (True, 2, 2), (False, 1, 8)]
+)
+def test_packs_are_planned_as_configured(tsp, pack, trained):
+  config = small_config(tsp=tsp, timesteps_per_pack=pack, reward_slots=3)
+  work = Workload(4, 8, 8, pack=pack)
+  plan = planning.make_plan(config, work, TABLE, 2)
+  assert plan.rungs["tsp"].split.pack == trained
+  assert plan.rungs["tsp"].techniques.reward_slots == 3
+  assert plan.configured.split.pack == trained
 
 
 def test_a_timeline_file_and_its_devices(tmp_path):
@@ -374,7 +437,7 @@ def test_a_ladder_has_one_bound_and_is_climbed():
 
 
 def test_thousands_of_devices_in_a_minute():
-  work = Workload(groups=1024, group_size=8, window=8)
+  work = Workload(groups=1024, group_size=8, window=8, pack=8)
   start = time.process_time()
   ladder(TABLE, work, equal_split(work, 4096))
   best_split(TABLE, work, 4096, most_lanes=32)
@@ -423,7 +486,7 @@ def test_a_plan_and_its_files(tmp_path):
   job = planning.job_of(config, "flux-dev")
   device = planning.find_device("H100")
   table = ledger_table(job, device, device, 16)
-  work = dataclasses.replace(WORK, groups=4, group_size=8, window=8)
+  work = dataclasses.replace(WORK, groups=4, group_size=8, window=8, pack=8)
   plan = planning.make_plan(config, work, table, 16, price=2.0)
   text = planning.plan_text(plan)
   assert f"best: {plan.fastest}" in text and "at 2 a device hour" in text

@@ -40,6 +40,7 @@ class Done:
   """A result that is there."""
 
   value: Any
+  future = None
 
   def ready(self):
     return True
@@ -79,10 +80,10 @@ class Listener:
     return {"rows": np.float32(1)}, ("gradient", number)
 
   def outgoing(self, version):
-    return ("weights", version)
+    return 7, ("weights", version)
 
-  def receive(self, parcel):
-    return 0
+  def interim(self, update):
+    return "weights", "interim"
 
 
 def number_of(step, group, member):
@@ -188,6 +189,17 @@ def test_gradients_are_added_in_order_and_published_after_the_last(steps):
     ]
     assert args_of(heard, "outgoing") == [[step + 1]]
     assert args_of(heard, "receive") == [[("weights", step + 1)]]
+    # Each update says how many gradients it has been sent.
+    assert args_of(heard, "update") == [[4], [4]]
+
+
+def test_weights_are_borrowed_as_the_first_update_leaves_them(steps):
+  for _, heard in steps:
+    named = [method for method, _ in heard]
+    assert args_of(heard, "interim") in ([], [[1]])
+    for i in (i for i, method in enumerate(named) if method == "borrow"):
+      assert named[:i].count("update") == 1
+      assert heard[i][1] == [("weights", "interim")]
 
 
 def args_of(heard, method):

@@ -153,6 +153,23 @@ def test_a_switch_is_charged_once_per_block():
   assert len(switches) == blocks
 
 
+def test_rat_goes_on_after_the_first_update():
+  """It fetches what the updates before have made once for each."""
+  work = Workload(groups=12, group_size=4, window=1, updates=3, gap=True)
+  cost = costs(generate=0.5, train=6.0, switch=0.25)
+  alone = end(run(work, lanes(), cost))
+  spans = run(work, lanes(tag=True, rat=True), cost)
+  assert end(spans) < alone / 1.6
+  switches = [s for s in spans if s.name == "switch" and s.lane == "rollout"]
+  assert [s.args["update"] for s in switches] == [0, 1, 2]
+  assert [s.args["size"] for s in switches] == [0, 1, 1]
+  # Generating ends before the weights of the step are gone.
+  updated = min(s.end for s in spans if s.name == "update")
+  for span in spans:
+    if span.lane == "trainer" and span.name == "generate":
+      assert span.start < updated
+
+
 def test_stale_units_hide_the_end_of_a_step():
   cost = costs(generate=2.0, train=2.0)
   work = WORK
@@ -348,6 +365,21 @@ def test_a_search_out_of_budget_is_no_slower_than_idling():
   assert end(run(WORK, team, cost, assist=search)) <= end(
     run(WORK, lanes(), cost)
   )
+
+
+def test_the_search_tries_everything_and_one_unit_first():
+  search = Search(lanes(tag=True), costs())
+  unit = step_units(WORK, 0)[0]
+  quotas = search._quotas(start_step(WORK, 0), unit)
+  assert quotas[:5] == [12, 1, 6, 2, 3]
+  assert sorted(quotas) == [1, 2, 3, 4, 6, 8, 12]
+
+
+def test_a_search_may_take_longer_where_units_are_long():
+  budget = Budget(seconds=0.5, part=0.25)
+  for generate, patience in ((1.0, 0.5), (12.0, 3.0)):
+    search = Search(lanes(tag=True), costs(generate, train=20.0), budget)
+    assert search._patience(start_step(WORK, 0)) == patience
 
 
 def test_large_steps_are_simulated_quickly():

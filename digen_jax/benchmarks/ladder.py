@@ -13,7 +13,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,15 @@ from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor
 from digen_jax.pipeline.planner import stale_pays
 from digen_jax.pipeline.scheduler import next_step, start_step
-from digen_jax.pipeline.search import Budget, Search
+from digen_jax.pipeline.search import LIVE, PREDICTED, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
-from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
+from digen_jax.pipeline.units import (
+  Kind,
+  Unit,
+  Workload,
+  full_sizes,
+  step_units,
+)
 from digen_jax.program import Program
 from digen_jax.rewards.compose import compose, parse
 from digen_jax.timeline import Span, lane_accounting
@@ -56,6 +62,9 @@ WORKLOADS: Mapping[str, tuple[int, int]] = {
 STEPS = 5  # of a repetition; the first and the last are not counted
 SOLO = (0.97, 1.03)  # cores that a lane alone may use
 OVERLAP = 1.9  # least (A alone + B alone) / both
+TRIMMED = 20  # of so many equal units, the slowest and the fastest are left out
+
+Took = tuple[str, Unit, float]  # lane, unit, seconds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +73,32 @@ class Ran:
 
   Attributes:
     seconds: of every counted step.
-    spans: of all steps.
+    spans: of the counted steps.
+    costs: of their units: what a lane was busy, and what taking it in took.
+    stale: whether units of the next step might start early.
+    driver_seconds: CPU time of this process per counted step, rewards included.
     accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
       step.
   """
 
   seconds: list[float]
   spans: list[Span]
+  costs: list[Took]
+  stale: bool
+  driver_seconds: float
   accounting: dict[str, dict[str, float]]
+
+
+class _Recorded(Costs):
+  """Costs that keep every unit, too."""
+
+  def __init__(self, work: Workload):
+    super().__init__(full_sizes(work))
+    self.every: list[Took] = []
+
+  def observe(self, lane: str, unit: Unit, seconds: float) -> None:
+    super().observe(lane, unit, seconds)
+    self.every.append((lane, unit, seconds))
 
 
 def run(
@@ -130,8 +157,10 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
       "of the bound": r["bound_fraction"],
       "x sequential": r["ratio_to_sequential"],
       "x colocated": r["ratio_to_colocated"],
+      "of its own bound": r["own_bound_fraction"],
       "predicted, s": r["predicted_step_seconds"],
       "idle": " + ".join(f"{s['idle']:.2f}" for s in r["lanes"].values()),
+      "driver, CPU s": r["driver_cpu_seconds"],
     }
     for name, workload in result["workloads"].items()
     for rung, r in workload["rungs"].items()
@@ -216,7 +245,7 @@ class _Rung:
       )
 
     self._make_program, self.program = program, program(self.work)
-    self.costs = Costs()
+    self.costs = _Recorded(self.work)
 
   def row_seconds(self, pack: int) -> float:
     """Of a transition in a pack of so many trained steps, on the trainer."""
@@ -227,7 +256,7 @@ class _Rung:
   def assist(self) -> Assist:
     if not self.team.lanes[0].assists and not self.team.lanes[1].assists:
       return always
-    return Search(self.team.lanes, self.costs, Budget(seconds=0.02))
+    return Search(self.team.lanes, self.costs, LIVE)
 
   def warm_up(self, step: int) -> None:
     """Compiles, and measures what nobody has measured yet."""
@@ -243,12 +272,15 @@ class _Rung:
     stale = stale_pays(self.work, self.team.lanes, self.costs)
     ahead = last if stale else None
     state = start_step(self.work, first, last=ahead)
+    self.costs.every.clear()
     spans: list[Span] = []
     ends: list[float] = []
+    driver: list[float] = []
     for step in range(first, last + 1):
       self.program.begin_step(step)
       ran, state = executor.run(state)
       ends.append(time.perf_counter())
+      driver.append(time.process_time())
       spans += ran
       if step < last:
         state = next_step(state, last=ahead)
@@ -257,21 +289,29 @@ class _Rung:
     accounting = lane_accounting(spans, names, ends[0], ends[-2])
     return Ran(
       [b - a for a, b in itertools.pairwise(ends[:-1])],
-      spans,
+      [s for s in spans if first < s.args["step"] < last],
+      [took for took in self.costs.every if first < took[1].step < last],
+      stale,
+      (driver[-2] - driver[0]) / counted,
       {
         lane: {k: v / counted for k, v in dataclasses.asdict(a).items()}
         for lane, a in accounting.items()
       },
     )
 
-  def predict(self, cost: Callable[[str, Unit], float]) -> float:
-    """Seconds of a counted step, by simulation of a repetition."""
+  def predict(self, cost: Callable[[str, Unit], float], stale: bool) -> float:
+    """Seconds of a counted step, by simulation of a repetition.
+
+    Args:
+      cost: of units.
+      stale: whether those of the next step may start early.
+    """
     last = STEPS - 1
     assist: Assist = always
     if any(lane.assists for lane in self.team.lanes):
-      assist = Search(self.team.lanes, cost)
+      assist = Search(self.team.lanes, cost, PREDICTED)
     work = self.work
-    if not stale_pays(work, self.team.lanes, cost):
+    if not stale:
       work = dataclasses.replace(work, stale=0)
     state = start_step(work, 0, last=last)
     spans = simulate(state, self.team.lanes, cost, last=last, assist=assist)
@@ -333,30 +373,45 @@ def _summary(
 ) -> dict[str, Any]:
   """Medians, and what the simulator makes of the costs that a rung had.
 
-  The bound is taken from the units of all rungs that cut the work alike.
+  The bound is taken from the units of all rungs that cut the work alike. Units
+  are slower where both lanes are busy, so each rung is also compared with the
+  bound of its own units.
   """
-  spans = {n: [s for r in ran[n] for s in r.spans] for n in RUNGS}
+  spans = {n: _took(s for r in ran[n] for s in r.spans) for n in RUNGS}
   pack = rungs["tsp"].work.pack
   alike = [
-    span
+    took
     for n in RUNGS
     if n != "colocated" and rungs[n].work.pack == pack
-    for span in spans[n]
+    for took in spans[n]
   ]
   full = rungs["tsp"].work
-  bound = _work_seconds(measured_costs(alike), full) / 2
+  bound = _work_seconds(mean_costs(alike), full) / 2
   medians = {
     n: statistics.median(s for r in ran[n] for s in r.seconds) for n in RUNGS
   }
   table = {}
   for name, rung in rungs.items():
+    own = _work_seconds(mean_costs(spans[name]), rung.work)
+    own /= len(rung.team.links)
+    cost = mean_costs([took for r in ran[name] for took in r.costs])
+    predicted = {
+      stale: rung.predict(cost, stale) for stale in {r.stale for r in ran[name]}
+    }
     table[name] = {
       "step_seconds": [s for r in ran[name] for s in r.seconds],
       "median_seconds": medians[name],
       "bound_fraction": bound / medians[name],
+      "own_bound_fraction": own / medians[name],
       "ratio_to_sequential": medians["sequential"] / medians[name],
       "ratio_to_colocated": medians["colocated"] / medians[name],
-      "predicted_step_seconds": rung.predict(measured_costs(spans[name])),
+      "predicted_step_seconds": statistics.median(
+        predicted[r.stale] for r in ran[name]
+      ),
+      "stale": [r.stale for r in ran[name]],
+      "driver_cpu_seconds": statistics.median(
+        r.driver_seconds for r in ran[name]
+      ),
       "lanes": {
         lane: {
           key: statistics.median(r.accounting[lane][key] for r in ran[name])
@@ -368,16 +423,31 @@ def _summary(
   return {"bound_seconds": bound, "rungs": table}
 
 
-def measured_costs(spans: Sequence[Span]) -> Callable[[str, Unit], float]:
-  """Median seconds by kind, lane and size, as a cost of units."""
-  seen: dict[tuple[str, str, int], list[float]] = {}
-  for span in spans:
-    key = span.name, span.lane, span.args["size"]
-    seen.setdefault(key, []).append(span.end - span.start)
-  table = {key: statistics.median(values) for key, values in seen.items()}
+def _took(spans: Iterable[Span]) -> list[Took]:
+  """What lanes were busy with units of such sizes."""
+  return [
+    (
+      span.lane,
+      Unit(Kind(span.name), 0, 0, span.args["size"], 0, 1),
+      span.end - span.start,
+    )
+    for span in spans
+  ]
+
+
+def mean_costs(units: Iterable[Took]) -> Callable[[str, Unit], float]:
+  """Mean seconds by kind, lane and size, as a cost of units.
+
+  A step is a sum of units, so what it takes is a sum of means; a few extreme
+  units of many are left out.
+  """
+  seen: dict[tuple[Kind, str, int], list[float]] = {}
+  for lane, unit, seconds in units:
+    seen.setdefault((unit.kind, lane, unit.size), []).append(seconds)
+  table = {key: _mean(values) for key, values in seen.items()}
 
   def cost(lane: str, unit: Unit) -> float:
-    key = unit.kind.value, lane, unit.size
+    key = unit.kind, lane, unit.size
     if key in table:
       return table[key]
     # A lane that has not done this: what the others take.
@@ -385,6 +455,12 @@ def measured_costs(spans: Sequence[Span]) -> Callable[[str, Unit], float]:
     return statistics.mean(others) if others else 0.0
 
   return cost
+
+
+def _mean(values: Sequence[float]) -> float:
+  """Mean without one in `TRIMMED` at either end."""
+  cut = len(values) // TRIMMED
+  return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
 def _work_seconds(cost: Callable[[str, Unit], float], work: Workload) -> float:

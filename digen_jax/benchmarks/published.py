@@ -115,7 +115,7 @@ def simulate_setup(
       rung; otherwise each rung has the split that serves it best.
   """
   window = round(fraction * num_steps)
-  work = Workload(GROUPS, GROUP_SIZE, window)
+  work = Workload(GROUPS, GROUP_SIZE, window, pack=window)
   kinds = [DEVICES[name] for name in FLEETS[fleet]]
   table = ledger_table(_job(family, num_steps), *kinds, COUNT)
   if fixed:

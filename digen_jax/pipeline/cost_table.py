@@ -23,6 +23,7 @@ from typing import Any
 
 from digen_jax.atomic import write_text
 from digen_jax.errors import UserError
+from digen_jax.pipeline.costs import NOT_PADDED
 from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.timeline import Span
 
@@ -114,13 +115,17 @@ class Place:
 
 
 def lane_costs(
-  table: CostTable, places: Mapping[str, Place]
+  table: CostTable,
+  places: Mapping[str, Place],
+  full: Mapping[Kind, int] = NOT_PADDED,
 ) -> Callable[[str, Unit], float]:
   """Seconds of a unit on a lane, as `simulate` and `Search` ask for them.
 
   Args:
     table: what units cost.
     places: by lane name. A lane without a place scores, on the host.
+    full: by kind, the size that shorter units are padded to; see
+      `units.full_sizes`.
   """
 
   @functools.cache
@@ -130,7 +135,10 @@ def lane_costs(
     place = places[lane]
     return table.role(place.role).seconds(kind, rows, place.devices)
 
-  return lambda lane, unit: seconds(lane, unit.kind, unit.size)
+  def cost(lane: str, unit: Unit) -> float:
+    return seconds(lane, unit.kind, max(unit.size, full.get(unit.kind, 0)))
+
+  return cost
 
 
 # Measuring
@@ -147,14 +155,28 @@ class Measured:
 
 
 def table_from_spans(
-  spans: Iterable[Span], devices: Mapping[str, int], *, source: str = ""
+  spans: Iterable[Span],
+  devices: Mapping[str, int],
+  *,
+  shards: Mapping[str, int] | None = None,
+  source: str = "",
 ) -> CostTable:
-  """The table of a run from its timeline; see `table_from_measured`."""
+  """The table of a run from its timeline; see `table_from_measured`.
+
+  Short units were padded: all that generated or trained count with the size of
+  the largest of their kind.
+  """
   measured = [
     Measured(s.lane, Kind(s.name), s.args.get("size", 0), s.end - s.start)
     for s in spans
   ]
-  return table_from_measured(measured, devices, source=source)
+  for kind in (Kind.GENERATE, Kind.TRAIN):
+    full = max((m.size for m in measured if m.kind == kind), default=0)
+    measured = [
+      dataclasses.replace(m, size=full) if m.kind == kind else m
+      for m in measured
+    ]
+  return table_from_measured(measured, devices, shards=shards, source=source)
 
 
 def table_from_measured(

@@ -2,10 +2,14 @@
 
 One thread dispatches everything: free-running dispatch threads can deadlock
 XLA's collectives. Work overlaps because dispatch is asynchronous; the loop
-polls for what has finished, tells the scheduler, and hands out what became
+waits for what has finished, tells the scheduler, and hands out what became
 ready. Host work (rewards) runs in threads of its own, behind the same handle.
+Lanes of this process are polled; where every unit under way has a future (lanes
+of other processes) the loop sleeps until one of them ends, since its process
+may share a core with a lane.
 """
 
+import concurrent.futures
 import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,16 +26,24 @@ from digen_jax.pipeline.scheduler import (
   on_done,
   on_lost,
   on_start,
+  switch_to,
 )
-from digen_jax.pipeline.simulate import Assist, always, unit_span
+from digen_jax.pipeline.simulate import Assist, Left, always, unit_span
 from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.timeline import Span
 
 POLL_SECONDS = 5e-4  # well under the shortest unit; leaves the cores to work
+WAIT_SECONDS = 0.1  # for a future, before everything is looked at again
 
 
 class Handle(Protocol):
-  """Work under way on a lane."""
+  """Work under way on a lane.
+
+  Attributes:
+    future: done when `ready` is true; None where that must be asked.
+  """
+
+  future: concurrent.futures.Future | None
 
   def ready(self) -> bool:
     """Whether it has ended, without blocking."""
@@ -145,7 +157,7 @@ class Executor:
           before, state = state, on_start(state, lane, unit)
           try:
             if switch:
-              self._begin(before, lane, Unit(Kind.SWITCH, unit.step), unit)
+              self._begin(before, lane, switch_to(unit), unit)
             else:
               self._begin(before, lane, unit)
           except Exception as cause:
@@ -155,8 +167,19 @@ class Executor:
       if not progressed:
         if not self._running:
           raise RuntimeError(f"{state.left} units are left that no lane can do")
-        time.sleep(POLL_SECONDS)
+        self._wait()
     return self._spans, state
+
+  def left(self) -> Left:
+    """Seconds that what is under way should still need."""
+    now, left = self._clock(), {}
+    for item in self._running:
+      cost = self._costs(item.lane.name, item.unit)
+      if item.then is not None:
+        cost += self._costs(item.lane.name, item.then)
+      key = item.lane.name, item.scheduled
+      left[key] = max(cost - (now - item.span.start), 0.0)
+    return left
 
   def unfinished(self) -> list[Span]:
     """Spans of what is under way, up to now."""
@@ -171,27 +194,31 @@ class Executor:
     handle = self._starts[unit.kind](lane.name, unit)
     self._running.append(_Running(lane, unit, handle, span, then))
 
+  def _wait(self) -> None:
+    """Until something may have ended."""
+    futures = [item.handle.future for item in self._running]
+    if None in futures:
+      time.sleep(POLL_SECONDS)
+    else:
+      concurrent.futures.wait(
+        futures, WAIT_SECONDS, concurrent.futures.FIRST_COMPLETED
+      )
+
   def _end(self, state: State, item: _Running) -> State:
+    """Takes a unit in. What that takes is no span, but a lane waits for it."""
     now, lane = self._clock(), item.lane
     dead = item.handle.finish()
     self._spans.append(dataclasses.replace(item.span, end=now))
     if item.timed:
-      self._costs.observe(lane.name, item.unit, now - item.span.start)
+      seconds = self._clock() - item.span.start
+      self._costs.observe(lane.name, item.unit, seconds)
     if item.then is None:
       return on_done(state, lane, item.unit, dead)
     self._begin(state, lane, item.then)
     return state
 
   def _worth(self, state: State, lane: Lane, unit: Unit) -> bool:
-    now = self._clock()
-    left = {}
-    for item in self._running:
-      cost = self._costs(item.lane.name, item.unit)
-      if item.then is not None:
-        cost += self._costs(item.lane.name, item.then)
-      key = item.lane.name, item.scheduled
-      left[key] = max(cost - (now - item.span.start), 0.0)
-    return self._assist(state, lane, unit, left)
+    return self._assist(state, lane, unit, self.left())
 
   def _failed(
     self, state: State, lane: Lane, unit: Unit, cause: Exception, retries: int

@@ -12,13 +12,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from digen_jax.errors import UserError
 from digen_jax.pipeline import bounds
 from digen_jax.pipeline.cost_table import CostTable, Place, lane_costs
-from digen_jax.pipeline.scheduler import Lane, start_step
+from digen_jax.pipeline.scheduler import Lane, State, start_step
 from digen_jax.pipeline.search import Budget, Search
-from digen_jax.pipeline.simulate import Assist, Cost, always, simulate
-from digen_jax.pipeline.units import Kind, Workload
+from digen_jax.pipeline.simulate import (
+  Assist,
+  Cost,
+  Left,
+  always,
+  never,
+  simulate,
+)
+from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.timeline import Accounting, Span, lane_accounting
 
-HOST = Lane("host", frozenset({Kind.SCORE}), slots=4)
 TRAINS = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
 BOTH = TRAINS | {Kind.GENERATE}
 STEPS = (3, 9)  # simulated where steps overlap; see `_steady`
@@ -44,6 +50,7 @@ class Techniques:
     rat: an idle rollout lane trains.
     bts: idle lanes search for how much they should take; else all there is.
     tcss: part of the next step's Generate units that may start early.
+    reward_slots: reward calls under way at once.
   """
 
   colocated: bool = False
@@ -53,6 +60,7 @@ class Techniques:
   rat: bool = False
   bts: bool = True
   tcss: float = 0.0
+  reward_slots: int = 4
 
 
 # Each adds to the one before.
@@ -128,7 +136,7 @@ def equal_split(work: Workload, devices: int, rollout_lanes: int = 1) -> Split:
     trainer=devices - share,
     generate_size=work.generate_size or work.group_size,
     train_size=work.train_size or work.group_size,
-    pack=work.pack if work.pack > 1 else work.window,
+    pack=work.pack,
     rollout_lanes=rollout_lanes,
   )
 
@@ -137,9 +145,10 @@ def make_lanes(
   split: Split, techniques: Techniques
 ) -> tuple[tuple[Lane, ...], dict[str, Place]]:
   """The lanes of a split, and what each runs on."""
+  host = Lane("host", frozenset({Kind.SCORE}), slots=techniques.reward_slots)
   if techniques.colocated:
     lane = Lane("colocated", BOTH)
-    return (lane, HOST), {lane.name: Place("colocated", split.devices)}
+    return (lane, host), {lane.name: Place("colocated", split.devices)}
   trains = frozenset({Kind.TRAIN} if techniques.rat else ())
   generates = frozenset({Kind.GENERATE} if techniques.tag else ())
   count = split.rollout_lanes
@@ -150,7 +159,7 @@ def make_lanes(
   trainer = Lane("trainer", TRAINS, assists=generates)
   places = dict.fromkeys(names, Place("rollout", split.rollout // count))
   places["trainer"] = Place("trainer", split.trainer)
-  return (*rollouts, trainer, HOST), places
+  return (*rollouts, trainer, host), places
 
 
 def cut(work: Workload, split: Split, techniques: Techniques) -> Workload:
@@ -184,7 +193,7 @@ def predict(
   check(table, split, techniques)
   work = cut(work, split, techniques)
   lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places)
+  cost = lane_costs(table, places, full_sizes(work))
   runs = [
     _steady(trial, lanes, cost, assist)
     for trial in _stale_or_not(work)
@@ -344,7 +353,7 @@ def _reach(
   """Seconds that a step of this split takes at least, by what lanes can do."""
   work = cut(work, split, techniques)
   lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places)
+  cost = lane_costs(table, places, full_sizes(work))
   times = [
     bounds.times(work, lane, lanes, cost, lane.kinds | lane.assists)
     for lane in bounds.own(lanes)
@@ -388,12 +397,8 @@ def _assists(
   if not techniques.bts or not (techniques.tag or techniques.rat):
     return [always]
   if _large(work):
-    return [always, _never]
+    return [always, never]
   return [Search(lanes, cost, Budget(simulations=12))]
-
-
-def _never(*_: object) -> bool:
-  return False
 
 
 def _quick(
@@ -402,12 +407,36 @@ def _quick(
   """Seconds of a step, without a search at each bubble."""
   work = cut(work, split, techniques)
   lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places)
+  cost = lane_costs(table, places, full_sizes(work))
   helps = techniques.bts and (techniques.tag or techniques.rat)
   return min(
     _steady(trial, lanes, cost, assist).step_seconds
     for trial in _stale_or_not(work)
-    for assist in ((always, _never) if helps else (always,))
+    for assist in ((always, never) if helps else (always,))
+  )
+
+
+def quick_end(
+  state: State,
+  lanes: Sequence[Lane],
+  cost: Cost,
+  left: Left | None = None,
+  *,
+  bts: bool = True,
+) -> float:
+  """Seconds to the end of the step, without a search at each bubble.
+
+  Args:
+    state: where the run stands.
+    lanes: who executes.
+    cost: seconds of a unit on a lane.
+    left: seconds that the units under way still need.
+    bts: whether idle lanes need not assist.
+  """
+  helps = bts and any(lane.assists for lane in lanes)
+  return min(
+    _end(simulate(state, lanes, cost, assist=assist, left=left))
+    for assist in ((always, never) if helps else (always,))
   )
 
 
@@ -433,7 +462,7 @@ def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
   with_stale, without = (
     min(
       _steady(trial, lanes, cost, assist).step_seconds
-      for assist in ((always, _never) if helps else (always,))
+      for assist in ((always, never) if helps else (always,))
     )
     for trial in _stale_or_not(work)
   )

@@ -24,12 +24,14 @@ nothing.
 
 import dataclasses
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from digen_jax.pipeline.units import (
   Kind,
   Unit,
   Workload,
   bits,
+  numbers,
   plan,
   step_units,
 )
@@ -94,15 +96,16 @@ class State:
     ahead: the step after it, of which stale units may run; None after the
       last one, or without TCSS.
     running: (lane name, unit) under way.
-    assisting: names of the lanes whose last unit was not their own work: they
-      hold what that needs (weights in another layout) and need no switch.
+    assisting: (lane name, update) of the lanes whose last unit was not their
+      own work: they hold what more of that update needs (weights in another
+      layout, or after the updates before) and need no switch.
   """
 
   work: Workload
   now: Progress
   ahead: Progress | None = None
   running: frozenset[tuple[str, Unit]] = frozenset()
-  assisting: frozenset[str] = frozenset()
+  assisting: frozenset[tuple[str, int]] = frozenset()
 
   @property
   def step(self) -> int:
@@ -193,13 +196,13 @@ def _first(state: State, progress: Progress, kind: Kind) -> Unit | None:
 def _assistance(state: State, lane: Lane) -> Unit | None:
   """What an idle lane could do for others.
 
-  Both ways it needs the version of the step: the trainer has it until its
-  first update begins, and Train units after that one need weights which only
-  the trainer has.
+  Generating needs the version of the step, which the trainer has until its
+  first update begins. Train units of a later update need weights that only the
+  trainer has; it can lend them, as they stand still while such units are ready
+  or under way: the update before is done, and the next waits for the units.
   """
-  if state.now.started & plan(state.work).kinds[Kind.UPDATE]:
-    return None
-  for kind in (Kind.GENERATE, Kind.TRAIN):
+  updating = state.now.started & plan(state.work).kinds[Kind.UPDATE]
+  for kind in (Kind.TRAIN,) if updating else (Kind.GENERATE, Kind.TRAIN):
     if kind in lane.assists and (unit := _first(state, state.now, kind)):
       return unit
   return None
@@ -225,7 +228,13 @@ def _stale(state: State, lane: Lane) -> Unit | None:
 
 def needs_switch(state: State, lane: Lane, unit: Unit) -> bool:
   """Whether `lane` must first fetch what `unit` needs and its own work not."""
-  return unit.kind not in lane.kinds and lane.name not in state.assisting
+  held = (lane.name, unit.update) in state.assisting
+  return unit.kind not in lane.kinds and not held
+
+
+def switch_to(unit: Unit) -> Unit:
+  """What a lane does before `unit` where it `needs_switch`."""
+  return Unit(Kind.SWITCH, unit.step, update=unit.update)
 
 
 def version_of(state: State, unit: Unit) -> int:
@@ -243,10 +252,11 @@ def on_start(state: State, lane: Lane, unit: Unit) -> State:
     ready=progress.ready ^ member,
     started=progress.started | member,
   )
-  state = _with(state, progress, state.running | {(lane.name, unit)})
-  others = state.assisting - {lane.name}
-  assisting = others if unit.kind in lane.kinds else others | {lane.name}
-  return dataclasses.replace(state, assisting=assisting)
+  assisting = _without(state.assisting, lane)
+  if unit.kind not in lane.kinds:
+    assisting |= {(lane.name, unit.update)}
+  running = state.running | {(lane.name, unit)}
+  return _with(state, progress, running, assisting=assisting)
 
 
 def on_done(
@@ -264,8 +274,7 @@ def on_done(
   if (lane.name, unit) not in state.running:
     raise ValueError(f"{unit} is not running on lane {lane.name!r}")
   progress, member = _find(state, unit)
-  progress = dataclasses.replace(progress, done=progress.done | member)
-  progress = _open(state.work, progress, member)
+  progress = _ended(state.work, progress, member)
   if dead:
     progress = _skip_dead(state.work, progress, frozenset(dead))
   return _with(state, progress, state.running - {(lane.name, unit)})
@@ -295,13 +304,19 @@ def on_lost(state: State, lane: Lane, lost: Unit | None = None) -> State:
   return dataclasses.replace(
     state,
     running=state.running - gone,
-    assisting=state.assisting - {lane.name},
+    assisting=_without(state.assisting, lane),
   )
+
+
+def _without(
+  assisting: frozenset[tuple[str, int]], lane: Lane
+) -> frozenset[tuple[str, int]]:
+  return frozenset(held for held in assisting if held[0] != lane.name)
 
 
 def _find(state: State, unit: Unit) -> tuple[Progress, int]:
   """The progress of a unit's step, and the unit as a set."""
-  number = plan(state.work).number[dataclasses.replace(unit, step=0)]
+  number = numbers(state.work, unit.step)[unit]
   progress = state.now if unit.step == state.step else state.ahead
   if progress is None or progress.step != unit.step:
     raise ValueError(f"{unit} is of no step under way")
@@ -309,20 +324,23 @@ def _find(state: State, unit: Unit) -> tuple[Progress, int]:
 
 
 def _with(
-  state: State, progress: Progress, running: frozenset[tuple[str, Unit]]
+  state: State,
+  progress: Progress,
+  running: frozenset[tuple[str, Unit]],
+  **changes: Any,
 ) -> State:
-  which = "now" if progress.step == state.step else "ahead"
-  return dataclasses.replace(state, **{which: progress}, running=running)
+  changes["now" if progress.step == state.step else "ahead"] = progress
+  return dataclasses.replace(state, running=running, **changes)
 
 
-def _open(work: Workload, progress: Progress, ended: int) -> Progress:
-  """Units that waited for nothing but what has just ended become ready."""
-  ready, step = progress.ready, plan(work)
+def _ended(work: Workload, progress: Progress, ended: int) -> Progress:
+  """Units are done; those that waited for nothing else become ready."""
+  ready, done, step = progress.ready, progress.done | ended, plan(work)
   for i in bits(ended):
     for gate in step.opens[i]:
-      if not gate.needs & ~progress.done:
-        ready |= gate.members & ~progress.started & ~progress.done
-  return dataclasses.replace(progress, ready=ready)
+      if not gate.needs & ~done:
+        ready |= gate.members & ~progress.started & ~done
+  return dataclasses.replace(progress, ready=ready, done=done)
 
 
 def _skip_dead(
@@ -342,7 +360,6 @@ def _skip_dead(
     progress,
     dead=dead,
     ready=progress.ready & ~skipped,
-    done=progress.done | skipped,
     skipped=progress.skipped | skipped,
   )
-  return _open(work, progress, skipped)
+  return _ended(work, progress, skipped)

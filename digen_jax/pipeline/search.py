@@ -13,8 +13,9 @@ A commitment is only made if the simulated end of the step, all earlier
 commitments kept, moves forward. So that end never moves back, and within the
 accuracy of the costs the search is never slower than not assisting.
 
-The search over n is cut short where nothing more can be gained (a lower bound
-is reached) and by a budget; a state in which nothing pays is decided once.
+All units and one are tried first, then what lies between. The search over n is
+cut short where nothing more can be gained (a lower bound is reached) and by a
+budget; a state in which nothing pays is decided once.
 """
 
 import collections
@@ -38,11 +39,19 @@ class Budget:
 
   Attributes:
     simulations: at most so many per bubble.
-    seconds: and no new one after this long.
+    seconds: and no new one after this long ...
+    part: ... and after this part of the shortest unit of a lane's own work.
   """
 
   simulations: int = 24
   seconds: float = math.inf
+  part: float = 0.0
+
+
+# Where lanes wait for the answer; and, where its outcome is predicted, what
+# there is time for with some sixty units.
+LIVE = Budget(seconds=0.02, part=0.02)
+PREDICTED = Budget(simulations=8)
 
 
 class Search:
@@ -106,30 +115,48 @@ class Search:
     self, state: State, lane: Lane, unit: Unit, left: Left
   ) -> dict[str, int]:
     """Units that each lane should commit to; none if `lane` should not."""
+    deadline = self._clock() + self._patience(state)
     best: dict[str, int] = {}
     soonest = self._simulate(state, lane, 0, left, False)[0] * (1 - GAIN)
+    least = math.inf  # of plans that end alike, the one that decides least
     bound = self._bound(state, left)
-    deadline = self._clock() + self.budget.seconds
     tries = itertools.product(self._quotas(state, unit), (False, True))
     for tried, (quota, together) in enumerate(tries, start=2):
       if soonest <= bound or tried > self.budget.simulations:
         break
       seconds, plan = self._simulate(state, lane, quota, left, together)
-      if seconds < soonest:
-        best, soonest = plan, seconds
+      if seconds < soonest or (best and seconds == soonest and quota < least):
+        best, soonest, least = plan, seconds, quota
       if self._clock() > deadline:
         break
     return best
 
+  def _patience(self, state: State) -> float:
+    """Seconds that a decision may take."""
+    budget = self.budget
+    if not budget.part:
+      return budget.seconds
+    units, kinds = step_units(state.work, state.step), plan(state.work).kinds
+    found = [
+      self.cost(lane.name, units[(members & -members).bit_length() - 1])
+      for lane in self.lanes
+      for kind in (Kind.GENERATE, Kind.TRAIN)
+      if kind in lane.kinds and (members := kinds[kind])
+    ]
+    return max(budget.seconds, budget.part * min(found, default=0.0))
+
   def _quotas(self, state: State, unit: Unit) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 12, 16, ... to all that is left of the kind."""
+    """All that is left of the kind, 1, half of it, 2, a quarter, 3, 4, 6, ..."""
     members = plan(state.work).kinds[unit.kind] & ~state.now.started
     count = (members & ~state.now.done).bit_count()
-    quotas, n = [], 1
+    few, n = [], 1
     while n < count:
-      quotas += [n] if n % 2 or n < 4 else [n, n + n // 2]
+      few += [n] if n % 2 or n < 4 else [n, n + n // 2]
       n = n + 1 if n < 4 else 2 * n
-    return [q for q in quotas if q < count] + [count]
+    many = [count >> i for i in range(count.bit_length())]
+    pairs = itertools.zip_longest(many, few)
+    quotas = dict.fromkeys(q for pair in pairs for q in pair if q)
+    return [q for q in quotas if q <= count]
 
   def _simulate(
     self, state: State, lane: Lane, quota: int, left: Left, together: bool

@@ -13,9 +13,10 @@ from digen_jax.pipeline.scheduler import (
   next_unit,
   on_done,
   on_start,
+  switch_to,
   version_of,
 )
-from digen_jax.pipeline.units import Kind, Unit
+from digen_jax.pipeline.units import Unit
 from digen_jax.timeline import Span
 
 Cost = Callable[[str, Unit], float]
@@ -29,6 +30,12 @@ def always(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
   """Assists whenever there is something to do."""
   del state, lane, unit, left
   return True
+
+
+def never(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
+  """Every lane keeps to its own work."""
+  del state, lane, unit, left
+  return False
 
 
 def simulate(
@@ -100,7 +107,7 @@ class _Clock:
     """A unit begins, after a switch if it needs one."""
     start = self.now
     if needs_switch(state, lane, unit):
-      switch = Unit(Kind.SWITCH, unit.step)
+      switch = switch_to(unit)
       start += self.cost(lane.name, switch)
       self.spans.append(unit_span(lane.name, switch, state, self.now, start))
     self._push(lane, unit, state, start, start + self.cost(lane.name, unit))

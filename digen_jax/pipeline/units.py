@@ -35,7 +35,8 @@ class Unit:
     stop: one past the last sample.
     first: first trained step of the window (TRAIN).
     last: one past the last one.
-    update: index of the optimiser update in the step (TRAIN, UPDATE).
+    update: index of the optimiser update in the step (TRAIN, UPDATE); that of
+      the units which follow (SWITCH).
   """
 
   kind: Kind
@@ -53,9 +54,14 @@ class Unit:
 
   @property
   def size(self) -> int:
-    """What its cost grows with: samples, or samples x steps for TRAIN."""
+    """What its cost grows with: samples, or samples x steps for TRAIN.
+
+    Of a SWITCH, 1 where weights of the middle of a step are fetched, else 0.
+    """
     if self.kind == Kind.TRAIN:
       return self.samples * (self.last - self.first)
+    if self.kind == Kind.SWITCH:
+      return int(self.update > 0)
     return self.samples
 
 
@@ -124,6 +130,27 @@ def step_units(work: Workload, step: int) -> tuple[Unit, ...]:
   return tuple(units)
 
 
+@functools.lru_cache(maxsize=16)
+def numbers(work: Workload, step: int) -> dict[Unit, int]:
+  """The place of every unit of a global step in `step_units`."""
+  return {unit: i for i, unit in enumerate(step_units(work, step))}
+
+
+def full_sizes(work: Workload) -> dict[Kind, int]:
+  """`Unit.size` of a full unit, by kind; a shorter one is padded to it.
+
+  So that every unit has the same compiled shapes: the last unit of a step, or
+  the last pack of a window, may have fewer rows and costs as much.
+  """
+  generate = work.generate_size or work.group_size
+  train = work.train_size or work.group_size
+  train = min(train, work.samples // work.updates)
+  return {
+    Kind.GENERATE: min(generate, work.samples),
+    Kind.TRAIN: train * min(work.pack, work.window),
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class Gate:
   """Units that wait for the same others. Bit i of a set is unit i of a step.
@@ -142,14 +169,12 @@ class Plan:
   """The dependencies of a global step, as sets of bits.
 
   Attributes:
-    number: unit of step 0 -> its place in `step_units`.
     kinds: kind -> set of its units.
     gates: what waits for what.
     opens: unit -> the gates that need it.
     trains: group -> set of the Train units with samples of it.
   """
 
-  number: dict[Unit, int]
   kinds: dict[Kind, int]
   gates: tuple[Gate, ...]
   opens: tuple[tuple[Gate, ...], ...]
@@ -184,8 +209,7 @@ def plan(work: Workload) -> Plan:
   for gate in gates:
     for i in bits(gate.needs):
       opens[i].append(gate)
-  number = {unit: i for i, unit in enumerate(units)}
-  return Plan(number, kinds, gates, tuple(map(tuple, opens)), tuple(trains))
+  return Plan(kinds, gates, tuple(map(tuple, opens)), tuple(trains))
 
 
 def _needs(
