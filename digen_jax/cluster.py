@@ -56,6 +56,8 @@ def start() -> Any:
   if not ray.is_initialized():
     # The driver's own path, so that actors find the same code.
     paths = os.pathsep.join(path for path in sys.path if path)
+    # By default actors run at nice 15, behind everything else on the machine.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(
       include_dashboard=False,
       log_to_driver=False,
@@ -214,10 +216,16 @@ def _server_class() -> type:
         jax.config.update("jax_num_cpu_devices", site["devices"])
       from digen_jax import serving
 
-      config, lane = pickle.loads(payload)
-      self._served = serving.serve(config, lane, site["axes"])
+      self._error = None
+      try:
+        config, lane = pickle.loads(payload)
+        self._served = serving.serve(config, lane, site["axes"])
+      except Exception as error:  # from here an actor would seem to have died
+        self._error = error
 
     def describe(self) -> Any:
+      if self._error is not None:
+        raise self._error
       return self._served.hardware
 
     def call(self, method: str, *args: Any) -> Any:

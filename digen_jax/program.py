@@ -252,9 +252,8 @@ class Program:
       ]
       for future in work:
         future.result()
-    self._send(self.team.trainer, step)[
-      1
-    ].result()  # the same version once more
+    # The same version once more.
+    self._send(self.team.trainer, step)[1].result()
 
   def _prepare(self, calls: list[tuple[str, tuple]]) -> None:
     for lane, args in calls:
