@@ -339,6 +339,45 @@ def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
   )
 
 
+def test_what_is_only_read_comes_alone_and_where_it_belongs(run):
+  workdir, _, trained, _ = run
+  policy = runs.open_policy(workdir, samples=False)
+  jax.tree.map(np.testing.assert_array_equal, policy.trainable, trained)
+  spread = 0
+  for leaf, base in zip(*map(jax.tree.leaves, (policy.trainable, policy.base))):
+    assert leaf.sharding == base.sharding
+    spread += not leaf.sharding.is_fully_replicated
+  assert spread > 5
+  wanted = {"trainable": trained}
+  reader = Checkpoints(workdir / "checkpoints", writes=False)
+  assert reader.load(1, wanted).keys() == {"trainable"}
+  refused(lambda: reader.load(1, {"weights": trained}), "missing there")
+  reader.close()
+  resumed = Checkpoints(workdir / "checkpoints")
+  refused(lambda: resumed.load(1, wanted), "absent here")
+  resumed.close()
+
+
+def test_an_output_that_is_taken_shows_before_weights_are_read(
+  run, tmp_path, monkeypatch
+):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setattr(jobs, "open_policy", None)  # not to be called
+  for form in ("lora", "pipeline"):
+    refused(
+      lambda: jobs.export_run(run[0], tmp_path, form),  # noqa: B023
+      "not empty",
+    )
+
+
+def test_no_steps_are_not_the_default(run, tmp_path):
+  (tmp_path / "prompts.txt").write_text("a red circle\n")
+  refused(
+    lambda: jobs.evaluate_run(run[0], tmp_path / "prompts.txt", None, 0),
+    "eval.num_steps must be at least 1",
+  )
+
+
 def test_a_reader_leaves_what_is_being_written(run, tmp_path):
   workdir = shutil.copytree(run[0], tmp_path / "run")
   unfinished = workdir / "checkpoints" / "2.orbax-checkpoint-tmp"

@@ -49,6 +49,24 @@ class TextEncoder:
     return layers.Bound(function, self.graphdef)
 
 
+@dataclasses.dataclass(frozen=True)
+class NoEncoder:
+  """In place of an encoder that a pipeline leaves out; its states are zeros.
+
+  Attributes:
+    width: of the states.
+    params: none.
+  """
+
+  width: int
+  params: tuple[()] = ()
+
+  def encode(self, params: tuple[()], ids: jax.Array) -> jax.Array:
+    """[B, T] -> [B, T, width] float32."""
+    del params
+    return jnp.zeros((*ids.shape, self.width))
+
+
 def _kind(config: Config) -> tuple[type[nnx.Module], Any]:
   """The module class and the pure function of a config record."""
   if isinstance(config, clip.ClipTextConfig):
