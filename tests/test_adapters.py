@@ -75,13 +75,12 @@ def velocity(model, inputs):
   arrays = [inputs[name] for name in names.split()]
   ids = {name: inputs[name] for name in ("img_ids", "txt_ids")}
 
-  @jax.jit
   def run(params, *arrays):
     module = nnx.merge(model.graphdef, params)
     return module(*arrays, **ids, guidance=inputs["guidance"])
 
   with jax.default_matmul_precision("highest"):
-    return np.asarray(run(model.params, *arrays))
+    return np.asarray(references.jit(run)(model.params, *arrays))
 
 
 def pipeline_of(transformer):

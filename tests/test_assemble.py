@@ -10,7 +10,7 @@ import pytest
 
 from digen_jax import assemble as assemble_lib
 from digen_jax import runs, serving, training
-from digen_jax.assemble import assemble, embed, training_mesh
+from digen_jax.assemble import assemble, training_mesh
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.grpo.train_step import join
@@ -251,27 +251,17 @@ def test_models_that_fill_a_device_are_split(room, run, sizes, monkeypatch):
   assert runs.sampling_axes(plan, run) == sizes
 
 
-def test_a_split_policy_is_sampled_as_a_whole_one(monkeypatch):
-  pictures = []
-  overrides = {"sampling": SIZE, "eval": {"num_steps": 2}}
-  for axes in ({"data": 8}, {"data": 4, "tensor": 2}):
-    monkeypatch.setattr(runs, "sampling_axes", lambda *_: axes)  # noqa: B023
-    policy = runs.open_policy(small_config("").checkpoint, overrides)
-    prompts = embed(policy.assembly, ["a red circle"] * 2)
-    pictures.append(policy.sampler()(policy.trainable, prompts, None, 0))
-  kernel = policy.trainable["double_blocks"]["attn"]["to_q"]["kernel"]
-  assert not kernel.sharding.is_fully_replicated
-  a, b = (picture.astype(int) for picture in pictures)
-  assert a.std() > 5 and np.abs(a - b).max() <= 1
-
-
-def test_what_is_only_stored_is_spread_over_all_devices():
-  overrides = {"sampling": SIZE}
-  checkpoint = small_config("").checkpoint
-  policy = runs.open_policy(checkpoint, overrides, samples=False)
+@pytest.mark.parametrize("samples, parts", [(True, 2), (False, 8)])
+def test_policies_are_spread(samples, parts, monkeypatch):
+  """Over a `tensor` axis where one asks for it; to be stored, over all."""
+  axes = {"data": 4, "tensor": 2}
+  monkeypatch.setattr(runs, "sampling_axes", lambda *_: axes)
+  checkpoint, overrides = small_config("").checkpoint, {"sampling": SIZE}
+  policy = runs.open_policy(checkpoint, overrides, samples=samples)
   kernel = policy.trainable["double_blocks"]["attn"]["to_q"]["kernel"]
   part = kernel.sharding.shard_shape(kernel.shape)
-  assert np.prod(part) * 8 == kernel.size
+  assert np.prod(part) * parts == kernel.size
+  assert len(kernel.sharding.device_set) == 8
 
 
 def test_pipelines_of_unknown_size_ask_for_it(tmp_path):
