@@ -326,7 +326,8 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
   folders = [path]
   if (path / "model_index.json").exists():
     index = read_json(path / "model_index.json")
-    folders += [path / name for name in index if isinstance(index[name], list)]
+    listed = (name for name in index if isinstance(index[name], list))
+    folders += [path / name for name in dict.fromkeys((*CORE, *listed))]
   files = [f for folder in folders for f in folder.glob("*")]
   for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
     _digest(digest, file.relative_to(path).as_posix(), file)
