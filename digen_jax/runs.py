@@ -118,7 +118,8 @@ def open_policy(
 
   A run is sampled as its config says. A pipeline of a published model is
   sampled as `models/published.py` says, in bfloat16 where there is an
-  accelerator, one sample a device at once; of others the picture size is the
+  accelerator, one sample at once for
+  every copy of the model; of others the picture size is the
   autoencoder's `sample_size`, or must be given. How the model is spread over
   the devices, `sampling_axes` says.
 
@@ -197,7 +198,8 @@ def _pipeline_config(
     sampling=Sampling(**settings),
     dtype=Dtype("float32" if cpu else "bfloat16"),
     vae=Vae(tiling=tiling),
-    eval=Eval(num_steps=steps, batch_size=jax.device_count()),
+    # Rounded up to one for every copy of the model.
+    eval=Eval(num_steps=steps, batch_size=1),
   )
 
 

@@ -45,7 +45,7 @@ _BATCH = flags.DEFINE_integer(
   "batch_size",
   None,
   "Samples made at once, rounded up to what the devices divide; default: the "
-  "run's, or one a device.",
+  "run's, or one for every copy of the model.",
 )
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, f"Classifier-free guidance, 1 is off; {_DEFAULT}."

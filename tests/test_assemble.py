@@ -296,7 +296,7 @@ def test_pipelines_of_known_size_are_sampled_as_published(monkeypatch):
   )
   assembly = policy.assembly
   assert assembly.config.vae.tiling == 64
-  assert assembly.recipe.eval_batch_size == 8  # one a device
+  assert assembly.recipe.eval_batch_size == 1  # for every copy of the model
   assert assembly.config.sampling.guidance_scale == 2.0
   assert len(assembly.recipe.eval_sigmas) == 4
   downscale = assembly.autoencoder.config.downscale
