@@ -118,10 +118,9 @@ def open_policy(
 
   A run is sampled as its config says. A pipeline of a published model is
   sampled as `models/published.py` says, in bfloat16 where there is an
-  accelerator, one sample at once for
-  every copy of the model; of others the picture size is the
-  autoencoder's `sample_size`, or must be given. How the model is spread over
-  the devices, `sampling_axes` says.
+  accelerator; of others the picture size is the autoencoder's `sample_size`,
+  or must be given. Pipelines make one sample at once for every copy of the
+  model; over how many devices one is spread, `sampling_axes` says.
 
   Args:
     path: the directory.
