@@ -90,9 +90,7 @@ def create_text_encoder(config: Config, key: jax.Array) -> TextEncoder:
 def abstract_text_encoder(config: Config) -> TextEncoder:
   """A text encoder whose params are `jax.ShapeDtypeStruct`."""
   cls, _ = _kind(config)
-  module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-  graphdef, params = layers.split(module)
-  return TextEncoder(config, graphdef, params, layers.logical_axes(module))
+  return TextEncoder(config, *layers.define(cls, config))
 
 
 def parse_config(
