@@ -100,7 +100,8 @@ def assemble(
 ) -> Assembly:
   """Loads the checkpoint of a config and prepares it for training.
 
-  What can be checked on shapes is, before any weights are read. No device ever holds more of the denoiser than its part of the layout.
+  What can be checked on shapes is, before any weights are read. No device ever
+  holds more of the denoiser than its part of the layout.
 
   Args:
     config: the run.
@@ -124,15 +125,11 @@ def assemble(
     # The small one first: should its files be damaged, that shows at once.
     autoencoder = load_autoencoder(config.checkpoint, mesh=mesh, **decoding)
     model = _denoiser(config, mesh, rules, training)
-    trainable, frozen = split_trainable(config, model.params)
+    trainable, frozen = lora.split_trainable(
+      model.params, "lora" if config.train.lora_rank else "full"
+    )
     parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
   return Assembly(config, model, autoencoder, parts, recipe, workload(config))
-
-
-def split_trainable(config: Config, params: Params) -> tuple[Params, Params]:
-  """Parameters as (trainable, frozen)."""
-  mode = "lora" if config.train.lora_rank else "full"
-  return lora.split_trainable(params, mode)
 
 
 LORA_STREAM = 0x4C4F5241
