@@ -116,7 +116,7 @@ def test_long_videos_are_cut_in_time(tmp_path, frames):
   reference.use_framewise_decoding = False
   _, scale = statistics(reference.config)
   whole = ours(reference.decode(theirs(latents / scale)).sample).clip(-1, 1)
-  assert np.abs(whole - cut)[:, :4].max() > 1e-3
+  assert np.abs(whole - cut).max() > 1e-3
 
 
 def test_small_variance_keeps_group_norm_epsilon(tmp_path):
