@@ -10,14 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from digen_jax.config import Config
+from digen_jax.config import Config, Sampling
 from digen_jax.data.embeddings import cached_embeddings
 from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.errors import UserError
 from digen_jax.island import Weights
 from digen_jax.metrics import pace_reporter
 from digen_jax.models import Model, lora
-from digen_jax.models.layers import Axes
+from digen_jax.models.layers import Axes, Params
+from digen_jax.models.published import MODELS, recognise
 from digen_jax.models.vae import Autoencoder, Tiling
 from digen_jax.parallel.mesh import make_meshes
 from digen_jax.parallel.rules import ROLLOUT, Rules, param_shardings
@@ -25,7 +26,7 @@ from digen_jax.pipeline.units import Workload
 from digen_jax.policy import Recipe
 from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
-from digen_jax.weights.adapters import load_adapters
+from digen_jax.weights.adapters import check_adapters, load_adapters
 from digen_jax.weights.load import (
   PipelineConfig,
   load_abstract,
@@ -99,7 +100,8 @@ def assemble(
 ) -> Assembly:
   """Loads the checkpoint of a config and prepares it for training.
 
-  No device ever holds more of the denoiser than its part of the layout.
+  What can be checked on shapes is, before any weights are read. No device ever
+  holds more of the denoiser than its part of the layout.
 
   Args:
     config: the run.
@@ -114,27 +116,44 @@ def assemble(
       image size does not fit the model; LoRA targets match nothing; a LoRA
       file does not fit; the mesh cuts what cannot be cut.
   """
-  pipeline = load_pipeline_config(config.checkpoint)
-  if not weights:
-    model = load_abstract(config.checkpoint, dtype=config.dtype.compute)
-    autoencoder = load_abstract_autoencoder(
-      config.checkpoint, **_decoding(config, pipeline)
-    )
-    recipe = _recipe(config, model, autoencoder, pipeline)
-    return Assembly(config, model, autoencoder, None, recipe, workload(config))
-  model = _denoiser(config, mesh, rules, training)
-  autoencoder = load_autoencoder(
-    config.checkpoint, mesh=mesh, **_decoding(config, pipeline)
-  )
-  trainable, frozen = lora.split_trainable(
-    model.params, "lora" if config.train.lora_rank else "full"
-  )
-  parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
+  pipeline, parts = load_pipeline_config(config.checkpoint), None
+  decoding = _decoding(config, pipeline)
+  model = _abstract_denoiser(config)
+  autoencoder = load_abstract_autoencoder(config.checkpoint, **decoding)
   recipe = _recipe(config, model, autoencoder, pipeline)
+  if weights:
+    # The small one first: should its files be damaged, that shows at once.
+    autoencoder = load_autoencoder(config.checkpoint, mesh=mesh, **decoding)
+    model = _denoiser(config, mesh, rules, training)
+    trainable, frozen = lora.split_trainable(
+      model.params, "lora" if config.train.lora_rank else "full"
+    )
+    parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
   return Assembly(config, model, autoencoder, parts, recipe, workload(config))
 
 
 LORA_STREAM = 0x4C4F5241
+
+
+def _abstract_denoiser(config: Config) -> Model:
+  """The model with its adapters as shapes; UserError where they do not fit."""
+  train = config.train
+  model = load_abstract(
+    config.checkpoint, dtype=config.dtype.compute, remat=train.remat
+  )
+  if not train.lora_rank:
+    return model
+  adapted = []
+
+  def adapt(params: Params) -> Params:
+    adapted.append(_adapt(config, dataclasses.replace(model, params=params)))
+    return adapted[0].params
+
+  params = jax.eval_shape(adapt, model.params)
+  model = dataclasses.replace(adapted[0], params=params)
+  if train.lora_init:
+    check_adapters(model, train.lora_init)
+  return model
 
 
 def _denoiser(
@@ -159,17 +178,24 @@ def _denoiser(
     leaf = jax.ShapeDtypeStruct(shape, jnp.float32)
     return param_shardings(mesh, axes, leaf, rules)
 
-  model = lora.adapt(
+  model = _adapt(config, model, None if mesh is None else sharding)
+  if not train.lora_init:
+    return model
+  return load_adapters(model, train.lora_init, alpha=train.lora_alpha)
+
+
+def _adapt(
+  config: Config, model: Model, sharding: lora.Placement | None = None
+) -> Model:
+  train = config.train
+  return lora.adapt(
     model,
     rank=train.lora_rank,
     alpha=train.lora_alpha,
     targets=train.lora_targets,
     key=jax.random.fold_in(jax.random.key(config.seed), LORA_STREAM),
-    sharding=None if mesh is None else sharding,
+    sharding=sharding,
   )
-  if not train.lora_init:
-    return model
-  return load_adapters(model, train.lora_init, alpha=train.lora_alpha)
 
 
 def _recipe(
@@ -179,6 +205,7 @@ def _recipe(
   pipeline: PipelineConfig,
 ) -> Recipe:
   sampling, work, family = config.sampling, workload(config), model.family
+  _check_published(config, model)
   shape = _latent_shape(config, model, autoencoder)
   unipc = pipeline.scheduler.get("_class_name") == "UniPCMultistepScheduler"
 
@@ -208,8 +235,25 @@ def _recipe(
     kl_form=_kl_form(config.train.kl_form, family.video),
     rows_per_update=work.rows_per_update,
     ema_decay=config.train.ema_decay,
-    eval_batch_size=config.eval.batch_size,
+    eval_batch_size=config.eval.batch_size or work.generate_size,
     sequential=autoencoder.config.sequential,
+  )
+
+
+def _check_published(config: Config, model: Model) -> None:
+  """UserError for a published model at the default, the toy's, sizes."""
+  sampling, name = config.sampling, recognise(model.config)
+  sizes = (sampling.height, sampling.width, sampling.num_frames)
+  if name is None or sizes != (Sampling.height, Sampling.width, 1):
+    return
+  settings = dataclasses.asdict(MODELS[name].settings)
+  tiling = settings.pop("tiling")
+  shown = ", ".join(f"{key}={value}" for key, value in settings.items())
+  raise UserError(
+    f"{config.checkpoint} has the sizes of {name}, and config.sampling those "
+    f"of a toy: set its fields, which are published as {shown}"
+    + f", and config.vae.tiling={tiling}"
+    * bool(tiling)
   )
 
 

@@ -31,11 +31,15 @@ class Checkpoints:
       directory: made if missing.
       keep: how many of the newest stay when another is saved.
       writes: False where a run is only looked at: what seems left behind by a
-        killed writer may be what a live one is writing.
+        killed writer may be what a live one is writing, and a part of what is
+        there may be loaded.
     """
     import orbax.checkpoint.experimental.v1 as ocp
 
     policies = ocp.training.preservation_policies
+    self._partial = not writes
+    context = ocp.Context()
+    context.pytree.loading.partial_load = self._partial
     self._checkpointer = ocp.training.Checkpointer(
       Path(directory).absolute(),
       save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(
@@ -43,6 +47,7 @@ class Checkpoints:
       ),
       preservation_policy=policies.LatestN(keep),
       cleanup_tmp_directories=writes,
+      context=context,
     )
 
   def latest(self) -> int | None:
@@ -66,7 +71,8 @@ class Checkpoints:
     Args:
       step: which one.
       like: pytree of arrays or `jax.ShapeDtypeStruct`s with the shardings
-        wanted, which need not be those it was saved with.
+        wanted, which need not be those it was saved with. A reader's may lack
+        keys of the outermost dict: those are left on disk.
 
     Raises:
       UserError: the checkpoint holds other arrays than `like`.
@@ -76,6 +82,8 @@ class Checkpoints:
       like,
     )
     saved = self._checkpointer.metadata(step).metadata
+    if self._partial:
+      saved = {key: saved[key] for key in abstract if key in saved}
     _compare(abstract, saved, f"{self._checkpointer.directory}/{step}")
     return self._checkpointer.load(step, abstract)
 

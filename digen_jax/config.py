@@ -9,6 +9,7 @@ import ast
 import contextlib
 import dataclasses
 import difflib
+import math
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -216,7 +217,8 @@ class Eval:
     prompts: prompt file; empty means the training prompts.
     num_prompts: how many of them, from the top; 0 means all.
     num_steps: denoising steps of the sampler.
-    batch_size: samples made at once, rounded up to what the devices divide.
+    batch_size: samples made at once, rounded up to what the devices divide; 0
+      means as many as a Generate unit makes.
     images: how many samples the picture grids show.
     fps: frames per second of the videos written.
   """
@@ -224,7 +226,7 @@ class Eval:
   prompts: str = ""
   num_prompts: int = 64
   num_steps: int = 20
-  batch_size: int = 64
+  batch_size: int = 0
   images: int = 16
   fps: int = 16
 
@@ -407,9 +409,10 @@ def check(config: Config) -> None:
     ("vae.tiling", config.vae.tiling, 0),
     ("eval.num_steps", config.eval.num_steps, 1),
     ("eval.num_prompts", config.eval.num_prompts, 0),
-    ("eval.batch_size", config.eval.batch_size, 1),
+    ("eval.batch_size", config.eval.batch_size, 0),
     ("eval.images", config.eval.images, 1),
     ("eval.fps", config.eval.fps, 1),
+    ("advantage.ddof", config.advantage.ddof, 0),
     ("pipeline.timesteps_per_pack", config.pipeline.timesteps_per_pack, 0),
   ):
     if value < least:
@@ -422,8 +425,21 @@ def check(config: Config) -> None:
     ("train.lora_alpha", train.lora_alpha),
     ("advantage.clip", config.advantage.clip),
   ):
-    if not value > 0:
-      raise UserError(f"config.{where} must be positive; got {value}")
+    if not 0 < value < math.inf:
+      raise UserError(
+        f"config.{where} must be positive and finite; got {value}"
+      )
+  for where, value, below in (
+    ("train.kl_weight", train.kl_weight, math.inf),
+    ("train.weight_decay", train.weight_decay, math.inf),
+    ("train.adam_eps", train.adam_eps, math.inf),
+    ("advantage.eps", config.advantage.eps, math.inf),
+    ("train.adam_b1", train.adam_b1, 1),
+    ("train.adam_b2", train.adam_b2, 1),
+    ("train.ema_decay", train.ema_decay, 1),
+  ):
+    if not 0 <= value < below:
+      raise UserError(f"config.{where} must be in [0, {below}); got {value}")
   if sampling.kernel == "flow_cps" and sampling.noise_level > 1:
     raise UserError(
       "config.sampling.noise_level is the share of an angle with "
@@ -433,10 +449,6 @@ def check(config: Config) -> None:
     raise UserError(
       f"config.train.lora_init={train.lora_init!r} needs adapters to load: set "
       "config.train.lora_rank to the rank of the file"
-    )
-  if not 0.0 <= train.ema_decay < 1.0:
-    raise UserError(
-      f"config.train.ema_decay must be in [0, 1); got {train.ema_decay}"
     )
   if batch.group_size < 2:
     raise UserError(

@@ -12,6 +12,8 @@ from digen_jax.types import Conditioning
 
 # The same noise whatever the run's seed: policies of several runs compare.
 NOISE_SEED = 0
+# Samples scored at once, so that a few videos are float32 at a time.
+SCORED = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +59,7 @@ def evaluate(
   reward: Composite,
   step: int,
 ) -> Evaluated:
-  """Samples one image per prompt and scores them.
+  """Samples one image per prompt and scores them, `SCORED` at a time.
 
   Args:
     sample: the policy, called with conditioning, negative and a seed.
@@ -68,5 +70,18 @@ def evaluate(
     step: how far the policy has been trained.
   """
   images = sample(conditioning, negative, NOISE_SEED)
-  scores = reward.score(images.astype(np.float32) / 255.0, list(prompts))
-  return Evaluated(step, prompts, images, scores.total, scores.parts)
+  scores = []
+  for first in range(0, len(images), SCORED):
+    rows = slice(first, first + SCORED)
+    scores.append(reward.score(as_floats(images[rows]), list(prompts[rows])))
+  total = np.concatenate([score.total for score in scores])
+  parts = {
+    name: np.concatenate([score.parts[name] for score in scores])
+    for name in scores[0].parts
+  }
+  return Evaluated(step, prompts, images, total, parts)
+
+
+def as_floats(images: np.ndarray) -> np.ndarray:
+  """uint8 pictures as rewards take them: float32 in [0, 1]."""
+  return np.divide(images, np.float32(255), dtype=np.float32)

@@ -24,14 +24,14 @@ from digen_jax.data.recorded import read_recorded
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
-from digen_jax.models.lora import merge_lora
+from digen_jax.models.published import recognise
 from digen_jax.policy import denoise as denoise_with
 from digen_jax.policy import still
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.runs import Policy, is_run, open_policy, read_config
+from digen_jax.runs import check_policy, is_run, open_policy, read_config
 from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import FILE, save_adapters, train_settings
-from digen_jax.weights.export import export_pipeline
+from digen_jax.weights.export import check_fresh, export_pipeline
 
 GRID = 64  # samples the overview picture shows at most
 
@@ -65,10 +65,14 @@ def sample_prompts(
   """
   texts = read_prompts(prompts)
   overrides = _with_lora(checkpoint, overrides, lora)
+  plan = _check(checkpoint, overrides)
   out = _directory(out)
-  policy = _open(checkpoint, overrides)
+  if not is_run(checkpoint):
+    _say_settings(plan)
   texts = [text for text in texts for _ in range(samples_per_prompt)]
-  conditioning, negative = _encode(policy.assembly, texts)
+  # Before the denoiser is read: text encoders need not fit beside it.
+  conditioning, negative = _encode(plan, texts)
+  policy = open_policy(checkpoint, overrides)
   images = policy.sampler()(policy.trainable, conditioning, negative, seed)
   rows = []
   fps = policy.assembly.config.eval.fps
@@ -98,14 +102,31 @@ def _with_lora(
   return {**overrides, "train": train_settings(lora, checkpoint)}
 
 
-def _open(
+def _check(
   checkpoint: str | Path, overrides: Mapping[str, Mapping[str, Any]]
-) -> Policy:
-  """A policy whose samples can be written."""
-  policy = open_policy(checkpoint, overrides)
-  if policy.assembly.config.sampling.num_frames > 1:
+) -> Assembly:
+  """A policy without weights, whose samples can be written."""
+  plan = check_policy(checkpoint, overrides)
+  if plan.config.sampling.num_frames > 1:
     media.check_video_writer()
-  return policy
+  return plan
+
+
+def _say_settings(plan: Assembly) -> None:
+  """Prints how a published model is sampled: its name is guessed by sizes."""
+  name, sampling = recognise(plan.model.config), plan.config.sampling
+  if name is None:
+    return
+  guidance = (
+    sampling.embedded_guidance
+    if getattr(plan.model.config, "guidance_embeds", False)
+    else sampling.guidance_scale
+  )
+  frames = f"{sampling.num_frames} frames of " * (sampling.num_frames > 1)
+  print(
+    f"sampled as {name}: {plan.config.eval.num_steps} steps, guidance "
+    f"{guidance:g}, {frames}{sampling.width}x{sampling.height}; flags change it"
+  )
 
 
 def _encode(
@@ -153,15 +174,16 @@ def sample_recorded(
   Raises:
     UserError: bad input.
   """
-  policy = _open(checkpoint, _with_lora(checkpoint, overrides, lora))
-  config, recipe = policy.assembly.config, policy.assembly.recipe
-  recorded = read_recorded(inputs, recipe.latent_shape)
+  overrides = _with_lora(checkpoint, overrides, lora)
+  plan = _check(checkpoint, overrides)
+  config = plan.config
+  recorded = read_recorded(inputs, plan.recipe.latent_shape)
   prompts, negative = (
-    None if c is None else with_guidance(config, policy.assembly.model, c)
+    None if c is None else with_guidance(config, plan.model, c)
     for c in match_text(
       recorded.prompts,
       recorded.negative,
-      masked=policy.assembly.model.family.masks_text,
+      masked=plan.model.family.masks_text,
     )
   )
   if config.sampling.guidance_scale == 1.0:
@@ -172,6 +194,8 @@ def sample_recorded(
       f"{config.sampling.guidance_scale} needs: add them, or set it to 1"
     )
   out = _directory(out)
+  policy = open_policy(checkpoint, overrides)
+  recipe = policy.assembly.recipe
   with jax.default_matmul_precision("highest"):
     denoise = jax.jit(functools.partial(denoise_with, recipe, record=True))
     states = denoise(
@@ -214,11 +238,12 @@ def evaluate_run(
   texts = read_prompts(prompts)
   config = read_config(run)
   reward = compose(parse(config.reward))
+  steps = {} if num_steps is None else {"num_steps": num_steps}
+  plan = check_policy(run, {"eval": steps})
   out = _directory(out or Path(run) / "evaluation")
-  steps = {"num_steps": num_steps} if num_steps else {}
+  conditioning, negative = _encode(plan, texts)
   policy = open_policy(run, {"eval": steps})
   sampler = policy.sampler()
-  conditioning, negative = _encode(policy.assembly, texts)
   base, trained = (
     evaluate(
       functools.partial(sampler, params),
@@ -273,7 +298,8 @@ def export_run(
       f"{run} trained every parameter, so it has no LoRA adapters: use "
       "--format=pipeline"
     )
-  policy = open_policy(run)
+  check_fresh(out)
+  policy = open_policy(run, samples=False)
   params = join(policy.trainable, policy.assembly.weights.frozen)
   if form == "lora":
     name = policy.assembly.model.family.class_name
@@ -282,9 +308,8 @@ def export_run(
       f"wrote {Path(out) / FILE}, adapters of {count} layers; in diffusers: "
       f"pipe.load_lora_weights({str(out)!r})"
     )
-  if adapted:
-    params = merge_lora(params, config.train.lora_alpha)
-  export_pipeline(config.checkpoint, out, params)
+  alpha = config.train.lora_alpha if adapted else None
+  export_pipeline(config.checkpoint, out, params, alpha=alpha)
   return (
     f"wrote {out}; in diffusers: "
     f"DiffusionPipeline.from_pretrained({str(out)!r})"

@@ -17,6 +17,7 @@ from digen_jax.config import Config
 from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import PromptStream
 from digen_jax.errors import UserError
+from digen_jax.evaluation import as_floats
 from digen_jax.grpo.advantages import group_advantages
 from digen_jax.grpo.windows import window_start
 from digen_jax.lanes import Team
@@ -387,7 +388,7 @@ class Program:
     images = samples.images[unit.start : unit.stop]
 
     def call() -> Any:
-      return self.reward.score(images.astype(np.float32) / 255.0, prompts)
+      return self.reward.score(as_floats(images), prompts)
 
     return HostWork(
       self._threads.submit(call),

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from digen_jax.assemble import Assembly, assemble
@@ -16,13 +18,14 @@ from digen_jax.config import (
   Dtype,
   Eval,
   Sampling,
+  Vae,
   check,
   from_config_dict,
 )
 from digen_jax.errors import UserError
 from digen_jax.models.published import MODELS, recognise
-from digen_jax.optimizer import make_optimizer
-from digen_jax.parallel.mesh import make_mesh, replicated
+from digen_jax.parallel.mesh import make_mesh
+from digen_jax.parallel.rules import ROLLOUT, TRAINER
 from digen_jax.sampler import Sampler
 from digen_jax.weights.load import (
   fingerprint,
@@ -39,7 +42,7 @@ class Policy:
 
   Attributes:
     assembly: what it is made of.
-    mesh: every device, as one data axis.
+    mesh: every device; see `open_policy`.
     trainable: the trained parameters, or those of the base checkpoint.
     base: the same parameters as the base checkpoint has them.
     step: global steps trained; 0 for a base checkpoint.
@@ -83,24 +86,16 @@ def read_config(run: str | Path) -> Config:
     raise UserError(f"{file} cannot be read: {error}") from error
 
 
-def open_policy(
-  path: str | Path, overrides: Mapping[str, Mapping[str, Any]] | None = None
-) -> Policy:
-  """Loads a run's newest checkpoint, or a diffusers pipeline directory.
+Overrides = Mapping[str, Mapping[str, Any]]
 
-  A run is sampled as its config says. A pipeline of a published model is
-  sampled as `models/published.py` says, in bfloat16 where there is an
-  accelerator; of others the picture size is the autoencoder's
-  `sample_size`, or must be given.
 
-  Args:
-    path: the directory.
-    overrides: section -> field -> value, e.g. {"eval": {"num_steps": 20}}.
+def check_policy(
+  path: str | Path, overrides: Overrides | None = None
+) -> Assembly:
+  """What `open_policy` opens, with shapes instead of weights.
 
-  Raises:
-    UserError: neither, incomplete, a pipeline of unknown size, an override
-      that cannot work, or the run started from other files than its
-      checkpoint's directory holds now.
+  All is checked that can be without reading weights; arguments and errors as
+  there.
   """
   run, overrides = is_run(path), overrides or {}
   config = read_config(path) if run else _pipeline_config(path, overrides)
@@ -108,14 +103,71 @@ def open_policy(
     changed = dataclasses.replace(getattr(config, section), **values)
     config = dataclasses.replace(config, **{section: changed})
   check(config)
-  devices = jax.devices()
-  mesh = make_mesh({"data": len(devices)}, devices)
-  assembly = assemble(config, mesh=mesh, training=run)
+  if run:
+    _check_start(config, Path(path))
+  return assemble(config, weights=False)
+
+
+def open_policy(
+  path: str | Path,
+  overrides: Overrides | None = None,
+  *,
+  samples: bool = True,
+) -> Policy:
+  """Loads a run's newest checkpoint, or a diffusers pipeline directory.
+
+  A run is sampled as its config says. A pipeline of a published model is
+  sampled as `models/published.py` says, in bfloat16 where there is an
+  accelerator; of others the picture size is the autoencoder's `sample_size`,
+  or must be given. Pipelines make one sample at once for every copy of the
+  model; over how many devices one is spread, `sampling_axes` says.
+
+  Args:
+    path: the directory.
+    overrides: section -> field -> value, e.g. {"eval": {"num_steps": 20}}.
+    samples: False where nothing will be computed: the parameters are then
+      spread over all devices, as far as they can be divided.
+
+  Raises:
+    UserError: neither, incomplete, a pipeline of unknown size, an override
+      that cannot work, or the run started from other files than its
+      checkpoint's directory holds now.
+  """
+  run, plan = is_run(path), check_policy(path, overrides)
+  axes = sampling_axes(plan, run) if samples else {"fsdp": jax.device_count()}
+  mesh = make_mesh(axes, jax.devices())
+  assembly = assemble(
+    plan.config, mesh=mesh, rules=ROLLOUT if samples else TRAINER, training=run
+  )
   base = assembly.weights.trainable
   if not run:
     return Policy(assembly, mesh, base, base, 0)
-  step, trained = _trained(config, base, mesh, Path(path))
+  step, trained = _trained(plan.config, base, Path(path))
   return Policy(assembly, mesh, trained, base, step)
+
+
+def sampling_axes(plan: Assembly, run: bool) -> dict[str, int]:
+  """Axis sizes of the mesh, all devices, on which a policy samples.
+
+  Every device has the whole model and a part of the batch, which needs no
+  communication, as long as the parameters leave half of its memory to
+  activations and the decoder; else as many devices as divide both all of them
+  and the heads share one model.
+
+  Args:
+    plan: from `check_policy`.
+    run: whether it is a run, of which base and trained parameters are held.
+  """
+  devices = jax.devices()
+  room = (devices[0].memory_stats() or {}).get("bytes_limit", math.inf) / 2
+  itemsize = jnp.dtype(plan.config.dtype.compute).itemsize
+  if run and not plan.config.train.lora_rank:
+    itemsize = 2 * 4
+  count = sum(leaf.size for leaf in jax.tree.leaves(plan.model.params))
+  if count * itemsize <= room:
+    return {"data": len(devices)}
+  tensor = math.gcd(plan.model.config.num_attention_heads, len(devices))
+  return {"data": len(devices) // tensor, "tensor": tensor}
 
 
 def _pipeline_config(
@@ -123,7 +175,8 @@ def _pipeline_config(
 ) -> Config:
   """How a pipeline is sampled, as far as nothing is said about it."""
   pipeline = load_pipeline_config(path)
-  published = recognise(load_abstract(pipeline.path).config)
+  name = recognise(load_abstract(pipeline.path).config)
+  published = MODELS[name] if name else None
   told = overrides.get("sampling", {})
   vae = read_json(module_directory(pipeline.path, "vae") / "config.json")
   size = None if published else vae.get("sample_size")
@@ -137,19 +190,20 @@ def _pipeline_config(
   if published:
     settings = dataclasses.asdict(published.settings)
   steps = settings.pop("num_steps", Eval.num_steps)
+  tiling = settings.pop("tiling", Vae.tiling)
   cpu = jax.default_backend() == "cpu"
   return Config(
     checkpoint=str(path),
     sampling=Sampling(**settings),
     dtype=Dtype("float32" if cpu else "bfloat16"),
-    eval=Eval(num_steps=steps),
+    vae=Vae(tiling=tiling),
+    # Rounded up to one for every copy of the model.
+    eval=Eval(num_steps=steps, batch_size=1),
   )
 
 
-def _trained(
-  config: Config, base: Any, mesh: Mesh, path: Path
-) -> tuple[int, Any]:
-  """Newest parameters of a run, averaged if it keeps an average."""
+def _check_start(config: Config, path: Path) -> None:
+  """Raises UserError without a checkpoint, or where its base has changed."""
   checkpoints = Checkpoints(path / "checkpoints", writes=False)
   step = checkpoints.latest()
   if step is None:
@@ -161,15 +215,14 @@ def _trained(
       f"{path} was trained from other files than {config.checkpoint}{lora} "
       "holds now: put back those that it started from"
     )
-  shapes = {
-    "trainable": base,
-    "optimizer": jax.eval_shape(make_optimizer(config.train, 1).init, base),
-    "ema": base if config.train.ema_decay else None,
-  }
-  like = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
-    shapes,
-  )
-  state = checkpoints.load(step, like)
   checkpoints.close()
-  return step, state["ema"] if config.train.ema_decay else state["trainable"]
+
+
+def _trained(config: Config, base: Any, path: Path) -> tuple[int, Any]:
+  """Newest parameters of a run, averaged if it keeps an average."""
+  checkpoints = Checkpoints(path / "checkpoints", writes=False)
+  kept = "ema" if config.train.ema_decay else "trainable"
+  step = checkpoints.latest()
+  state = checkpoints.load(step, {kept: base})
+  checkpoints.close()
+  return step, state[kept]

@@ -42,7 +42,10 @@ _REPEATS = flags.DEFINE_integer(
   "samples_per_prompt", 1, "Pictures a prompt.", lower_bound=1
 )
 _BATCH = flags.DEFINE_integer(
-  "batch_size", None, "Samples made at once; default: the run's, or 64."
+  "batch_size",
+  None,
+  "Samples made at once, rounded up to what the devices divide; default: the "
+  "run's, or one for every copy of the model.",
 )
 _GUIDANCE = flags.DEFINE_float(
   "guidance_scale", None, f"Classifier-free guidance, 1 is off; {_DEFAULT}."
@@ -61,6 +64,12 @@ _DTYPE = flags.DEFINE_enum(
 )
 _NEGATIVE = flags.DEFINE_string(
   "negative_prompt", None, "What classifier-free guidance leads away from."
+)
+_TILING = flags.DEFINE_integer(
+  "vae_tiling",
+  None,
+  "Side of the tiles, in pixels, in which larger pictures are decoded, 0 is "
+  f"whole; {_DEFAULT}.",
 )
 _FPS = flags.DEFINE_integer(
   "fps", None, "Frames per second of videos; default: the run's, or 16."
@@ -96,6 +105,7 @@ def main() -> None:
       ("sampling", sampling),
       ("eval", evaluation),
       ("dtype", dtype),
+      ("vae", {"tiling": _TILING.value}),
     )
   }
   if _INPUTS.value:

@@ -75,13 +75,12 @@ def velocity(model, inputs):
   arrays = [inputs[name] for name in names.split()]
   ids = {name: inputs[name] for name in ("img_ids", "txt_ids")}
 
-  @jax.jit
   def run(params, *arrays):
     module = nnx.merge(model.graphdef, params)
     return module(*arrays, **ids, guidance=inputs["guidance"])
 
   with jax.default_matmul_precision("highest"):
-    return np.asarray(run(model.params, *arrays))
+    return np.asarray(references.jit(run)(model.params, *arrays))
 
 
 def pipeline_of(transformer):
@@ -336,6 +335,45 @@ def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
   assert_close(
     lora.merge_lora(join(policy.trainable, frozen), settings["lora_alpha"]),
     lora.merge_lora(join(trained, frozen), 6.0),
+  )
+
+
+def test_what_is_only_read_comes_alone_and_where_it_belongs(run):
+  workdir, _, trained, _ = run
+  policy = runs.open_policy(workdir, samples=False)
+  jax.tree.map(np.testing.assert_array_equal, policy.trainable, trained)
+  spread = 0
+  for leaf, base in zip(*map(jax.tree.leaves, (policy.trainable, policy.base))):
+    assert leaf.sharding == base.sharding
+    spread += not leaf.sharding.is_fully_replicated
+  assert spread > 5
+  wanted = {"trainable": trained}
+  reader = Checkpoints(workdir / "checkpoints", writes=False)
+  assert reader.load(1, wanted).keys() == {"trainable"}
+  refused(lambda: reader.load(1, {"weights": trained}), "missing there")
+  reader.close()
+  resumed = Checkpoints(workdir / "checkpoints")
+  refused(lambda: resumed.load(1, wanted), "absent here")
+  resumed.close()
+
+
+def test_an_output_that_is_taken_shows_before_weights_are_read(
+  run, tmp_path, monkeypatch
+):
+  (tmp_path / "file").write_text("")
+  monkeypatch.setattr(jobs, "open_policy", None)  # not to be called
+  for form in ("lora", "pipeline"):
+    refused(
+      lambda: jobs.export_run(run[0], tmp_path, form),  # noqa: B023
+      "not empty",
+    )
+
+
+def test_no_steps_are_not_the_default(run, tmp_path):
+  (tmp_path / "prompts.txt").write_text("a red circle\n")
+  refused(
+    lambda: jobs.evaluate_run(run[0], tmp_path / "prompts.txt", None, 0),
+    "eval.num_steps must be at least 1",
   )
 
 

@@ -15,9 +15,10 @@ from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.grpo.train_step import join
 from digen_jax.lanes import make_lanes
-from digen_jax.models import published
+from digen_jax.models import find_family, published
 from digen_jax.parallel import rules
 from digen_jax.parallel.mesh import make_mesh
+from digen_jax.weights import load
 from digen_jax.weights.adapters import save_adapters
 from digen_jax.weights.load import load_abstract
 from tests.small_run import small_config
@@ -133,6 +134,80 @@ def test_a_lane_of_its_own_loads_in_its_own_layout(number, monkeypatch):
   assert island.mesh.size == 8
 
 
+def no_file(config, checkpoint):
+  config.train.lora_rank, config.train.lora_init = 4, "nowhere"
+
+
+def other_scheduler(config, checkpoint):
+  file = checkpoint / "scheduler" / "scheduler_config.json"
+  content = json.loads(file.read_text()) | {"_class_name": "DDIMScheduler"}
+  file.write_text(json.dumps(content))
+
+
+def other_autoencoder(config, checkpoint):
+  file = checkpoint / "vae" / "config.json"
+  content = json.loads(file.read_text()) | {"latent_channels": 5}
+  file.write_text(json.dumps(content))
+
+
+def published_at_toy_size(config, checkpoint):
+  config.checkpoint = str(checkpoint)
+  directory = checkpoint / "transformer"
+  sizes = published.find_model("flux-dev").transformer_config
+  raw = find_family("FluxTransformer2DModel").config_dict(sizes)
+  (directory / "config.json").write_text(json.dumps(raw))
+
+
+@pytest.mark.parametrize(
+  ("change", "words"),
+  [
+    (
+      lambda c, _: c.sampling.update(height=36),
+      r"config\.sampling\.height=36 must be",
+    ),
+    (lambda c, _: c.sampling.update(num_frames=5), "makes images"),
+    (lambda c, _: c.vae.update(tiling=9), r"config\.vae\.tiling=9 must be"),
+    (
+      lambda c, _: c.train.update(lora_rank=4, lora_targets=("nothing",)),
+      "'nothing' matches no linear layer",
+    ),
+    (no_file, "nowhere"),
+    (other_scheduler, "DDIMScheduler"),
+    (other_autoencoder, "not of one pipeline"),
+    (
+      published_at_toy_size,
+      "has the sizes of flux-dev, .* height=1024, .* num_steps=28, ",
+    ),
+  ],
+)
+def test_what_cannot_work_shows_before_weights_are_read(
+  change, words, tmp_path, monkeypatch
+):
+  config = small_config("prompts.txt")
+  checkpoint = shutil.copytree(config.checkpoint, tmp_path / "flux")
+  config.checkpoint = str(checkpoint)
+  change(config, checkpoint)
+
+  def read(*args, **kwargs):
+    raise AssertionError("weights are read")
+
+  monkeypatch.setattr(load, "read_params", read)
+  with pytest.raises(UserError, match=words) as told:
+    assemble(from_config_dict(config))
+  assert "\n" not in str(told.value)
+
+
+def test_shapes_alone_make_the_same_recipe(tmp_path):
+  config = config_of("lora in bfloat16", tmp_path)
+  assembly, plan = (assemble(config, weights=w) for w in (True, False))
+  assert plan.weights is None
+  assert assembly.recipe.apply == plan.recipe.apply == assembly.model.apply
+  assert jax.tree.structure(plan.model.params) == jax.tree.structure(
+    assembly.model.params
+  )
+  assert plan.model.logical_axes == assembly.model.logical_axes
+
+
 SIZE = {"height": 32, "width": 32}
 
 
@@ -146,6 +221,47 @@ def test_a_policy_is_on_the_mesh_that_samples():
     for leaf in jax.tree.leaves(tree):
       assert leaf.sharding.is_fully_replicated
       assert leaf.sharding.device_set == set(policy.mesh.devices.flat)
+
+
+@pytest.mark.parametrize(
+  ("room", "run", "sizes"),
+  [
+    (None, True, {"data": 8}),
+    (4.1, False, {"data": 8}),
+    (3.9, False, {"data": 4, "tensor": 2}),
+    (4.1, True, {"data": 4, "tensor": 2}),
+    (8.1, True, {"data": 8}),
+  ],
+)
+def test_models_that_fill_a_device_are_split(room, run, sizes, monkeypatch):
+  """`room`: half of a device's memory, in bytes a parameter."""
+  checkpoint = small_config("").checkpoint
+  plan = runs.check_policy(checkpoint, {"sampling": SIZE})
+  config = dataclasses.replace(plan.model.config, num_attention_heads=6)
+  plan = dataclasses.replace(
+    plan, model=dataclasses.replace(plan.model, config=config)
+  )
+  count = sum(leaf.size for leaf in jax.tree.leaves(plan.model.params))
+
+  class Device:
+    def memory_stats(self):
+      return room and {"bytes_limit": 2 * room * count}
+
+  monkeypatch.setattr(jax, "devices", lambda: [Device()] * 8)
+  assert runs.sampling_axes(plan, run) == sizes
+
+
+@pytest.mark.parametrize("samples, parts", [(True, 2), (False, 8)])
+def test_policies_are_spread(samples, parts, monkeypatch):
+  """Over a `tensor` axis where one asks for it; to be stored, over all."""
+  axes = {"data": 4, "tensor": 2}
+  monkeypatch.setattr(runs, "sampling_axes", lambda *_: axes)
+  checkpoint, overrides = small_config("").checkpoint, {"sampling": SIZE}
+  policy = runs.open_policy(checkpoint, overrides, samples=samples)
+  kernel = policy.trainable["double_blocks"]["attn"]["to_q"]["kernel"]
+  part = kernel.sharding.shard_shape(kernel.shape)
+  assert np.prod(part) * parts == kernel.size
+  assert len(kernel.sharding.device_set) == 8
 
 
 def test_pipelines_of_unknown_size_ask_for_it(tmp_path):
@@ -169,7 +285,9 @@ def test_pipelines_of_known_size_are_sampled_as_published(monkeypatch):
   known = dataclasses.replace(
     published.MODELS["flux-dev"],
     sizes={k: v for k, v in sizes.items() if k not in ("dtype", "remat")},
-    settings=published.Settings(48, 64, num_steps=3, guidance_scale=2.0),
+    settings=published.Settings(
+      48, 64, num_steps=3, guidance_scale=2.0, tiling=64
+    ),
   )
   monkeypatch.setitem(published.MODELS, "small", known)
   policy = runs.open_policy(
@@ -177,6 +295,8 @@ def test_pipelines_of_known_size_are_sampled_as_published(monkeypatch):
     {"sampling": {"width": 32}, "dtype": {"compute": "bfloat16"}},
   )
   assembly = policy.assembly
+  assert assembly.config.vae.tiling == 64
+  assert assembly.recipe.eval_batch_size == 1  # for every copy of the model
   assert assembly.config.sampling.guidance_scale == 2.0
   assert len(assembly.recipe.eval_sigmas) == 4
   downscale = assembly.autoencoder.config.downscale
@@ -186,6 +306,17 @@ def test_pipelines_of_known_size_are_sampled_as_published(monkeypatch):
   plain = runs.open_policy(checkpoint)
   assert all(x.dtype == "float32" for x in jax.tree.leaves(plain.trainable))
   assert plain.assembly.config.dtype.compute == "float32"
+
+
+def test_how_many_samples_are_made_at_once():
+  config = small_config("prompts.txt")
+  config.pipeline.generate_size = 4
+  for given, made in ((0, 4), (6, 6)):
+    config.eval.batch_size = given
+    recipe = assemble(from_config_dict(config), weights=False).recipe
+    assert recipe.eval_batch_size == made
+  plan = runs.check_policy(config.checkpoint, {"eval": {"batch_size": 3}})
+  assert plan.recipe.eval_batch_size == 3
 
 
 def test_decoding_follows_the_config():

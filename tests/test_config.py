@@ -1,5 +1,7 @@
 """Configs: conversion and checks."""
 
+import math
+
 import pytest
 
 from digen_jax.config import Config, default_config, from_config_dict, to_dict
@@ -41,7 +43,18 @@ def test_a_typo_in_a_file_is_an_error():
     ),
     ({"seed": -1}, r"config\.seed must be from 0 to 2\*\*32 - 1; got -1"),
     ({"seed": 2**32}, r"config\.seed must be from 0"),
-    ({"eval": {"batch_size": 0}}, r"eval\.batch_size must be at least 1"),
+    ({"eval": {"batch_size": -1}}, r"eval\.batch_size must be at least 0"),
+    ({"advantage": {"eps": -1.0}}, r"advantage\.eps must be in \[0, inf\)"),
+    ({"advantage": {"ddof": -1}}, r"advantage\.ddof must be at least 0"),
+    ({"advantage": {"clip": math.nan}}, "clip must be positive and finite"),
+    ({"train": {"kl_weight": -0.1}}, r"kl_weight must be in \[0, inf\)"),
+    ({"train": {"kl_weight": math.nan}}, r"kl_weight .*; got nan"),
+    ({"train": {"weight_decay": -0.1}}, "weight_decay must be in"),
+    ({"train": {"weight_decay": math.inf}}, "weight_decay .*; got inf"),
+    ({"train": {"adam_b1": 1.0}}, r"adam_b1 must be in \[0, 1\); got 1"),
+    ({"train": {"adam_b2": -0.1}}, r"adam_b2 must be in \[0, 1\)"),
+    ({"train": {"adam_eps": -1e-8}}, "adam_eps must be in"),
+    ({"train": {"learning_rate": math.inf}}, "learning_rate must be positive"),
     ({"train": {"kl_form": "exact"}}, "kl_form must be one of 'auto', 'diff"),
     ({"train": {"updates_per_batch": 3}}, "does not divide"),
     ({"train": {"ema_decay": 1.0}}, r"in \[0, 1\)"),

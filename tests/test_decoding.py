@@ -31,7 +31,7 @@ def test_the_same_pictures(class_name, frames, sizes, tmp_path):
     model = load.load_autoencoder(path, sequential=sequential, mesh=mesh)
     recipe = recipe_of(model, sequential=sequential, mesh=mesh)
     x = jax.device_put(latents, batch_sharding(mesh))
-    images = jax.jit(
+    images = references.jit(
       lambda params, x: policy._decode(recipe, params, x),
       out_shardings=batch_sharding(mesh),
     )(model.params, x)

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +17,7 @@ from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.data.prompt_recipes import clean, has_ftfy
 from digen_jax.errors import UserError
 from digen_jax.parallel.mesh import make_mesh
+from tests.references import SD3
 from tests.text_pipelines import FAMILIES, LENGTH, PROMPTS
 
 
@@ -82,6 +84,37 @@ def test_parity(family, references, caplog):
   # A negative prompt is a prompt like any other, also alone.
   alone = encoder.encode([""])
   assert_equal(alone, expected(family, reference.pipe, [""]))
+
+
+def test_sd3_without_t5(references, tmp_path):
+  reference = references["stable_diffusion_3"]
+  directory = tmp_path / "pipeline"
+  shutil.copytree(reference.directory, directory)
+  absent = {"text_encoder_3": [None, None], "tokenizer_3": [None, None]}
+  changed_json("model_index.json", **absent)(directory)
+  for name in absent:
+    shutil.rmtree(directory / name)
+  transformer = diffusers.SD3Transformer2DModel(**SD3 | WIDTHS)
+  transformer.save_config(directory / "transformer")
+  pipe = diffusers.StableDiffusion3Pipeline(
+    **dict.fromkeys(("vae", "scheduler", *absent)),
+    transformer=transformer,
+    **{n: getattr(reference.pipe, n) for n in CLIPS},
+  )
+  encoder = load_prompt_encoder(directory, max_length=LENGTH + 2)
+  ours = encoder.encode(PROMPTS)
+  with torch.no_grad():
+    text, _, pooled, _ = pipe.encode_prompt(
+      PROMPTS, None, None, device="cpu", max_sequence_length=LENGTH + 2
+    )
+  assert_equal(ours, (text, pooled, None))
+  assert ours.text.shape[1:] == (LENGTH + LENGTH + 2, 40)
+  assert load_prompt_encoder(directory).max_length == 256
+  assert encoder.fingerprint  # of the encoders that are there
+
+
+WIDTHS = dict(joint_attention_dim=40, pooled_projection_dim=32)
+CLIPS = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 
 
 def test_lengths_of_the_families(references):

@@ -145,9 +145,9 @@ def test_settings_of_published_models(name):
   raw, *_ = PUBLISHED[name]
   family = models.find_family(raw["_class_name"])
   config = family.parse_config(raw, dtype="bfloat16", remat="block")
-  model = published.recognise(config)
   known = name.lower().replace("flux.1", "flux").replace("yuanv", "yuan-v")
-  assert model is published.MODELS[known]
+  assert published.recognise(config) == known
+  model = published.MODELS[known]
   smaller = dataclasses.replace(config, num_layers=config.num_layers - 1)
   assert published.recognise(smaller) is None
 
@@ -162,6 +162,7 @@ def test_settings_of_published_models(name):
   if getattr(config, "guidance_embeds", False):
     assert settings.embedded_guidance == scale
   assert model.guided == (family.class_name in GUIDED)
+  assert settings.tiling == (256 if "hunyuan" in known else 0)
 
 
 @pytest.mark.parametrize("devices", [8, 16, 32])

@@ -9,7 +9,9 @@ from digen_jax import rewards
 from digen_jax.data import scenes
 from digen_jax.data.scenes import Object, Scene
 from digen_jax.errors import UserError
+from digen_jax.evaluation import evaluate
 from digen_jax.rewards import shapes
+from digen_jax.rewards.compose import compose
 from digen_jax.rewards.jpeg import jpeg_kilobytes
 from digen_jax.rewards.protocol import Reward, to_uint8
 
@@ -346,3 +348,21 @@ def test_bad_compositions():
   ):
     with pytest.raises(UserError, match=message):
       rewards.compose(bad)
+
+
+def test_evaluations_are_scored_in_slices():
+  seen = []
+
+  def brightness(images, prompts):
+    assert images.dtype == np.float32
+    seen.append(len(prompts))
+    return images.mean((1, 2, 3)) + np.asarray([len(p) for p in prompts])
+
+  images = np.random.default_rng(0).integers(0, 256, (19, 4, 4, 3), np.uint8)
+  prompts = ["x" * i for i in range(19)]
+  reward = compose([(brightness, 0.5)])
+  found = evaluate(lambda *_: images, prompts, None, None, reward, 3)
+  assert max(seen) <= 8 and sum(seen) == 19
+  expected = images.astype(np.float32).mean((1, 2, 3)) / 255 + np.arange(19)
+  np.testing.assert_allclose(found.parts["brightness"], expected, rtol=1e-6)
+  np.testing.assert_allclose(found.rewards, expected / 2, rtol=1e-6)

@@ -1,5 +1,6 @@
 """launch/sample.py: its flags, its encoders, recorded inputs with adapters."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from digen_jax import assemble, assets, jobs
 from digen_jax.errors import UserError
-from digen_jax.models import lora
+from digen_jax.models import lora, published
 from digen_jax.weights import load
 from digen_jax.weights.adapters import save_adapters
 from tests.references import normal
@@ -62,7 +63,9 @@ def test_flags_reach_both_ways_of_sampling():
     "--fps=3",
     "--batch_size=2",
     "--lora=f",
+    "--vae_tiling=128",
   )
+  assert found["overrides"]["vae"] == {"tiling": 128}
   assert found["overrides"]["eval"] == {
     "num_steps": 7,
     "fps": 3,
@@ -91,14 +94,28 @@ def test_overrides_are_checked(tmp_path):
     )
 
 
-def test_text_encoders_are_read_once_with_guidance(tmp_path, monkeypatch):
-  opened, real = [], assemble.load_prompt_encoder
+def test_text_encoders_are_read_once_and_before_the_denoiser(
+  tmp_path, monkeypatch, capsys
+):
+  opened = []
 
-  def count(*args, **options):
-    opened.append(args)
-    return real(*args, **options)
+  def note(name):
+    real = getattr(assemble, name)
 
-  monkeypatch.setattr(assemble, "load_prompt_encoder", count)
+    def call(*args, **options):
+      opened.append(name)
+      return real(*args, **options)
+
+    monkeypatch.setattr(assemble, name, call)
+
+  note("load_prompt_encoder")
+  note("load_model")
+  sizes = dataclasses.asdict(load.load_abstract(FLUX).config)
+  known = dataclasses.replace(
+    published.MODELS["flux-dev"],
+    sizes={k: v for k, v in sizes.items() if k not in ("dtype", "remat")},
+  )
+  monkeypatch.setitem(published.MODELS, "small", known)
   (tmp_path / "p.txt").write_text("a red circle\n")
   jobs.sample_prompts(
     FLUX,
@@ -108,7 +125,9 @@ def test_text_encoders_are_read_once_with_guidance(tmp_path, monkeypatch):
     seed=0,
     samples_per_prompt=1,
   )
-  assert len(opened) == 1
+  assert opened == ["load_prompt_encoder", "load_model"]
+  said = "sampled as small: 2 steps, guidance 2, 16x16; flags change it\n"
+  assert capsys.readouterr().out == said
 
 
 def test_recorded_inputs_with_adapters(tmp_path):

@@ -1,5 +1,6 @@
 """Checkpoints in diffusers' layout: loading, its failures, and exporting."""
 
+import functools
 import json
 import os
 import shutil
@@ -16,6 +17,7 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from safetensors.numpy import load_file, save_file
 
 from digen_jax.errors import UserError
+from digen_jax.models import lora
 from digen_jax.models.vae import autoencoder_kl
 from digen_jax.parallel import mesh as mesh_lib
 from digen_jax.parallel import rules
@@ -357,6 +359,59 @@ def test_pipeline_export_replaces_the_transformer_alone(pipeline, tmp_path):
   with pytest.raises(UserError, match="not empty"):
     export.export_pipeline(pipeline, out, params)
   assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_lies_beside_the_components_is_not_the_checkpoint(pipeline):
+  before = load.fingerprint(pipeline)
+  for name in ("run", "embeddings", "export"):
+    (pipeline / name).mkdir()
+    (pipeline / name / "config.json").write_text("{}")
+    (pipeline / name / "x.safetensors").write_bytes(b"1")
+  assert load.fingerprint(pipeline) == before
+  for file in ("vae/config.json", "model_index.json"):
+    content = (pipeline / file).read_text()
+    (pipeline / file).write_text(content + "\n")
+    assert load.fingerprint(pipeline) != before
+    (pipeline / file).write_text(content)
+  (pipeline / "text_encoder").mkdir()  # in the index
+  (pipeline / "text_encoder" / "model.safetensors").write_bytes(b"1")
+  assert load.fingerprint(pipeline) != before
+  with pytest.raises(UserError, match="no_file does not exist"):
+    load.fingerprint(pipeline, "no_file")
+  with pytest.raises(UserError, match=r"run.* has no \.safetensors file"):
+    (pipeline / "run" / "x.safetensors").unlink()
+    load.fingerprint(pipeline, pipeline / "run")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_export_merges_and_fetches_layer_by_layer(dtype, pipeline, tmp_path):
+  mesh = mesh_lib.make_mesh(dict(fsdp=4), jax.devices()[:4])
+  model = load.load_model(
+    pipeline, param_dtype=dtype, mesh=mesh, rules=rules.TRAINER
+  )
+  model = lora.adapt(
+    model, rank=3, alpha=5.0, targets=("attn",), key=jax.random.key(0)
+  )
+  params = jax.tree.map_with_path(
+    lambda path, x: x + 0.1 if path[-1].key == "lora_b" else x, model.params
+  )
+  export.export_pipeline(pipeline, tmp_path / "out", params, alpha=5.0)
+  for path, leaf in jax.tree.leaves_with_path(params):
+    if "blocks" in path[0].key:  # a host copy would stay with the array
+      assert leaf._npy_value is None
+  params = jax.device_get(params)
+  expected = lora.merge_lora(jax.tree.map(jnp.asarray, params), 5.0)
+  found = load.load_model(tmp_path / "out", param_dtype=dtype).params
+  rounding = dict(atol=1e-6) if dtype == "float32" else dict(rtol=2**-7)
+  as_float = functools.partial(jax.tree.map, lambda x: np.asarray(x, float))
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, **rounding),
+    as_float(found),
+    as_float(expected),
+  )
+  kernel = params["double_blocks"]["attn"]["to_q"]["kernel"]
+  change = found["double_blocks"]["attn"]["to_q"]["kernel"] - kernel
+  assert np.abs(np.asarray(change, float)).max() > 0.05
 
 
 def test_failed_export_leaves_nothing(pipeline, tmp_path):

@@ -15,9 +15,15 @@ from jax.sharding import Mesh
 from jax.typing import DTypeLike
 
 from digen_jax.data.prompt_recipes import RECIPES, Recipe, has_ftfy
-from digen_jax.data.tokens import Tokenizer, Tokens, load_tokenizer, logger
+from digen_jax.data.tokens import (
+  NoTokenizer,
+  Tokenizer,
+  Tokens,
+  load_tokenizer,
+  logger,
+)
 from digen_jax.errors import UserError
-from digen_jax.models.text import TextEncoder
+from digen_jax.models.text import NoEncoder, TextEncoder
 from digen_jax.parallel.mesh import batch_sharding, padded_size
 from digen_jax.types import Conditioning
 from digen_jax.weights import load
@@ -50,7 +56,7 @@ class PromptEncoder:
   directory: Path
   pipeline: str
   recipe: Recipe
-  tokenizers: tuple[Tokenizer, ...]
+  tokenizers: tuple[Tokenizer | NoTokenizer, ...]
   max_length: int
   dtype: np.dtype
   batch_size: int
@@ -108,7 +114,7 @@ class PromptEncoder:
       yield jax.tree.map(lambda x: np.asarray(x)[: len(chosen)], out)  # noqa: B023
 
   @functools.cached_property
-  def encoders(self) -> tuple[TextEncoder, ...]:
+  def encoders(self) -> tuple[TextEncoder | NoEncoder, ...]:
     """The text encoders, read on first use."""
     return tuple(
       load_text_encoder(
@@ -117,8 +123,21 @@ class PromptEncoder:
         skip_layers=0 if number else self.recipe.skip_layers,
         mesh=self.mesh,
       )
+      if name in self._present
+      else NoEncoder(self._text_width())
       for number, name in enumerate(self.recipe.encoders)
     )
+
+  @property
+  def _present(self) -> tuple[str, ...]:
+    """The components of the encoders that the pipeline has."""
+    pairs = zip(self.recipe.encoders, self.tokenizers)
+    return tuple(n for n, t in pairs if not isinstance(t, NoTokenizer))
+
+  def _text_width(self) -> int:
+    """How wide the denoiser takes token states."""
+    file = self.directory / "transformer" / "config.json"
+    return load.read_json(file)["joint_attention_dim"]
 
   @functools.cached_property
   def settings(self) -> dict[str, Any]:
@@ -141,7 +160,7 @@ class PromptEncoder:
   def _files_digest(self) -> str:
     """Hash of encoders and tokenizers, wherever they lie."""
     digest = hashlib.sha256()
-    for name in self.recipe.encoders:
+    for name in self._present:
       weights = load.fingerprint(self.directory / name)
       digest.update(f"{name} {weights}\n".encode())
       folder = self.directory / tokenizer_of(name)
@@ -190,7 +209,7 @@ def load_prompt_encoder(
     )
   recipe = RECIPES[pipeline]
   tokenizers = tuple(
-    _open_tokenizer(directory, index, name, *classes)
+    _open_tokenizer(directory, index, name, *classes, name == recipe.optional)
     for name, classes in recipe.encoders.items()
   )
   _check_template(recipe, tokenizers[0], directory)
@@ -217,8 +236,11 @@ def _open_tokenizer(
   name: str,
   encoder_class: str,
   tokenizer_class: str,
-) -> Tokenizer:
+  optional: bool,
+) -> Tokenizer | NoTokenizer:
   found = (index.get(name) or [None])[-1]
+  if optional and found is None:
+    return NoTokenizer()
   if found != encoder_class:
     raise UserError(
       f"{directory}/model_index.json: {name} is {found!r}, only "

@@ -42,6 +42,8 @@ class Recipe:
     template: what is put around each prompt, `{}`; "" for nothing.
     dropped: the template's tokens before the prompt, which are dropped.
     skip_layers: blocks of the first encoder that are not needed.
+    optional: an encoder that a pipeline may leave out, as [null, null]; zeros
+      as wide as the denoiser takes them then stand for its states.
   """
 
   encoders: Mapping[str, tuple[str, str]]
@@ -51,6 +53,7 @@ class Recipe:
   template: str = ""
   dropped: int = 0
   skip_layers: int = 0
+  optional: str = ""
 
 
 def tokenize_flux(
@@ -219,6 +222,7 @@ RECIPES = {
     tokenize_sd3,
     encode_sd3,
     max_length=256,
+    optional="text_encoder_3",
   ),
   "QwenImagePipeline": Recipe(
     {"text_encoder": QWEN},

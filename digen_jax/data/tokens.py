@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +77,18 @@ class Tokenizer:
     one, other = self.theirs([prefix + "a", prefix + "b"]).input_ids
     same = [a == b for a, b in zip(one, other)]
     return same.index(False) if False in same else len(same)
+
+
+@dataclasses.dataclass(frozen=True)
+class NoTokenizer:
+  """In place of the tokenizer of an encoder that a pipeline leaves out."""
+
+  max_length: int = sys.maxsize
+
+  def __call__(self, prompts: Sequence[str], length: int) -> Tokens:
+    """Nothing but padding, [B, length]."""
+    shape = (len(prompts), length)
+    return Tokens(np.zeros(shape, np.int32), np.zeros(shape, bool))
 
 
 def load_tokenizer(directory: Path, class_name: str, rows: int) -> Tokenizer:

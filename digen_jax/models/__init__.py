@@ -178,6 +178,4 @@ def create_model(config: Any, key: jax.Array) -> Model:
 
 def abstract_model(family: Family, config: Any) -> Model:
   """A model whose params are `jax.ShapeDtypeStruct`, nothing allocated."""
-  module = nnx.eval_shape(lambda: family.module(config, rngs=nnx.Rngs(0)))
-  graphdef, params = layers.split(module)
-  return Model(family, config, graphdef, params, layers.logical_axes(module))
+  return Model(family, config, *layers.define(family.module, config))

@@ -12,6 +12,7 @@ policy would then score its own samples differently in rollout and training.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -414,3 +415,22 @@ def logical_axes(module: nnx.Module) -> Params:
       node = node.setdefault(key, {})
     node[path[-1]] = variable.logical_axes
   return axes
+
+
+@functools.lru_cache(maxsize=16)
+def define(
+  make: Callable[..., nnx.Module], config: Any
+) -> tuple[nnx.GraphDef, Params, Params]:
+  """A module's definition, shapes and axes, with nothing allocated.
+
+  Made once for a config, and shared: the dicts must not be changed.
+
+  Args:
+    make: `make(config, rngs=...)`.
+    config: a config record.
+
+  Returns:
+    Static definition, nested dicts of `jax.ShapeDtypeStruct`s and of axes.
+  """
+  module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
+  return *split(module), logical_axes(module)

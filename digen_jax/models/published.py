@@ -23,7 +23,11 @@ KL = dict(
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-  """How a model is sampled; fields as in `config.Sampling`."""
+  """How a model is sampled; fields as in `config.Sampling`.
+
+  `tiling` is that of `config.Vae`: where a card or diffusers' documentation
+  always enables it, since whole pictures do not fit into memory.
+  """
 
   height: int = 1024
   width: int = 1024
@@ -31,6 +35,7 @@ class Settings:
   num_steps: int = 28
   guidance_scale: float = 1.0
   embedded_guidance: float = 3.5
+  tiling: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +109,9 @@ MODELS = {
     "HunyuanVideoTransformer3DModel",
     "AutoencoderKLHunyuanVideo",
     text_length=256,
-    settings=Settings(720, 1280, 129, num_steps=50, embedded_guidance=6.0),
+    settings=Settings(
+      720, 1280, 129, num_steps=50, embedded_guidance=6.0, tiling=256
+    ),
   ),
   "sd3-medium": Published(
     "SD3Transformer2DModel",
@@ -161,16 +168,18 @@ def find_model(name: str) -> Published:
   return MODELS[name]
 
 
-def recognise(config: Any) -> Published | None:
-  """The published model whose transformer has these sizes, if there is one.
+def recognise(config: Any) -> str | None:
+  """Name of the published model whose transformer has these sizes, if any.
+
+  Sizes do not tell a model from its distilled or fine-tuned descendants.
 
   Args:
     config: record of the transformer.
   """
-  for model in MODELS.values():
+  for name, model in MODELS.items():
     known = model.transformer_config
     if isinstance(config, type(known)) and known == dataclasses.replace(
       config, dtype=known.dtype, remat=known.remat
     ):
-      return model
+      return name
   return None

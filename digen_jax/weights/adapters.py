@@ -162,6 +162,17 @@ def load_adapters(model: Model, path: str | Path, *, alpha: float) -> Model:
   return dataclasses.replace(model, params=join(params, base))
 
 
+def check_adapters(model: Model, path: str | Path) -> None:
+  """Raises UserError where `load_adapters` would; reads no tensor.
+
+  Args:
+    model: from `lora.adapt`; its arrays may be `jax.ShapeDtypeStruct`s.
+    path: see `read_adapter_file`.
+  """
+  entries = _adapter_entries(model.params, model.family.class_name)
+  _check(read_adapter_file(path), entries)
+
+
 def train_settings(path: str | Path, checkpoint: str | Path) -> dict[str, Any]:
   """The fields of `config.train` with which a file's adapters are loaded.
 

@@ -5,7 +5,9 @@ at the end: a reader sees the whole result or nothing.
 """
 
 import contextlib
+import functools
 import json
+import operator
 import os
 import shutil
 import tempfile
@@ -18,6 +20,7 @@ from jax.typing import DTypeLike
 from safetensors import numpy as safetensors_numpy
 
 from digen_jax.errors import UserError
+from digen_jax.models import lora
 from digen_jax.models.layers import Params
 from digen_jax.weights import names
 from digen_jax.weights.load import (
@@ -61,14 +64,17 @@ def export_pipeline(
   params: Params,
   *,
   dtype: DTypeLike | None = None,
+  alpha: float | None = None,
 ) -> None:
   """Writes a pipeline: `source` with another transformer.
 
   Args:
     source: a diffusers pipeline directory; its other components are copied.
     directory: must be new or empty.
-    params: of the transformer, without adapters (`lora.merge_lora`).
+    params: of the transformer, placed anywhere.
     dtype: of the transformer's file; None means each parameter's own.
+    alpha: as given to `lora.adapt`, where there are adapters; they are folded
+      into their kernels layer by layer, on the host.
 
   Raises:
     UserError: the directory is not empty, or `source` is no pipeline.
@@ -86,7 +92,18 @@ def export_pipeline(
     )
     (temporary / "transformer").mkdir()
     _write_module(
-      temporary / "transformer", params, config, dtype, MAX_SHARD_BYTES
+      temporary / "transformer", params, config, dtype, MAX_SHARD_BYTES, alpha
+    )
+
+
+def check_fresh(directory: str | Path) -> None:
+  """Raises UserError unless a directory is missing or empty."""
+  directory = Path(directory).absolute()
+  if directory.exists() and (
+    not directory.is_dir() or any(directory.iterdir())
+  ):
+    raise UserError(
+      f"{directory} exists and is not empty; choose another output directory"
     )
 
 
@@ -98,12 +115,7 @@ def fresh_directory(directory: str | Path) -> Iterator[Path]:
     UserError: `directory` exists and is not an empty directory.
   """
   directory = Path(directory).absolute()
-  if directory.exists() and (
-    not directory.is_dir() or any(directory.iterdir())
-  ):
-    raise UserError(
-      f"{directory} exists and is not empty; choose another output directory"
-    )
+  check_fresh(directory)
   directory.parent.mkdir(parents=True, exist_ok=True)
   temporary = Path(
     tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
@@ -125,11 +137,12 @@ def _write_module(
   config: Mapping[str, Any],
   dtype: DTypeLike | None,
   max_shard_bytes: int,
+  alpha: float | None = None,
 ) -> None:
   class_name = config.get("_class_name")
   if class_name not in names.NAME_MAPS:
     raise UserError(f"cannot write a {class_name!r}: its names are unknown")
-  tensors = _to_tensors(params, names.NAME_MAPS[class_name], dtype)
+  tensors = _to_tensors(params, names.NAME_MAPS[class_name], dtype, alpha)
   _write_json(directory / "config.json", config)
   sizes = _write_shards(directory, tensors, max_shard_bytes)
   if len(sizes) == 1:
@@ -180,16 +193,28 @@ def _part(number: int) -> str:
 
 
 def _to_tensors(
-  params: Params, name_map: names.NameMap, dtype: DTypeLike | None
+  params: Params,
+  name_map: names.NameMap,
+  dtype: DTypeLike | None,
+  alpha: float | None,
 ) -> Iterator[tuple[str, np.ndarray]]:
-  """Their names and arrays; one leaf at a time leaves its device."""
+  """Their names and arrays; one layer at a time leaves its device."""
   for entry in names.entries(params, name_map):
-    leaf: Any = params
-    for key in entry.path:
-      leaf = leaf[key]
-    leaf = np.asarray(leaf, dtype)
-    for name, part in zip(entry.names, leaf if entry.stacked else [leaf]):
-      yield name, np.ascontiguousarray(entry.to_theirs(part))
+    *path, key = entry.path
+    node = functools.reduce(operator.getitem, path, params)
+    adapters = () if alpha is None else lora.LEAVES
+    if key in adapters:
+      continue
+    adapters = [node[k] for k in adapters if key == "kernel" and k in node]
+    for layer, name in enumerate(entry.names):
+      # Of a slice: an array keeps its host copy as long as it lives.
+      part, *factors = (
+        np.asarray(leaf[layer] if entry.stacked else leaf)
+        for leaf in (node[key], *adapters)
+      )
+      if factors:
+        part = lora.merge_layer(part, *factors, alpha)
+      yield name, np.ascontiguousarray(entry.to_theirs(np.asarray(part, dtype)))
 
 
 def _save(file: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -312,19 +312,30 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
 
   Of weight files it reads the size and a megabyte at either end: names and
   shapes of all tensors, values of a few. Enough to notice another checkpoint
-  of the same architecture without reading tens of gigabytes.
+  of the same architecture without reading tens of gigabytes. Of a pipeline it
+  reads the components: what else lies beside them may be a run of ours.
 
   Args:
     path: directory of a pipeline or a module.
     lora: file or directory of adapters to start from; "" for none.
+
+  Raises:
+    UserError: either is missing.
   """
   path, digest = local_checkpoint(path), hashlib.sha256()
-  files = [*path.glob("*"), *path.glob("*/*")]
+  folders = [path]
+  if (path / "model_index.json").exists():
+    index = read_json(path / "model_index.json")
+    listed = (name for name in index if isinstance(index[name], list))
+    folders += [path / name for name in dict.fromkeys((*CORE, *listed))]
+  files = [f for folder in folders for f in folder.glob("*")]
   for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
     _digest(digest, file.relative_to(path).as_posix(), file)
   if lora:
     lora = Path(lora)
     files = sorted(lora.glob("*.safetensors")) if lora.is_dir() else [lora]
+    if not files or not files[0].is_file():
+      raise UserError(f"{lora} does not exist or has no .safetensors file")
     for file in files:
       _digest(digest, "lora", file)
   return digest.hexdigest()

@@ -49,6 +49,24 @@ class TextEncoder:
     return layers.Bound(function, self.graphdef)
 
 
+@dataclasses.dataclass(frozen=True)
+class NoEncoder:
+  """In place of an encoder that a pipeline leaves out; its states are zeros.
+
+  Attributes:
+    width: of the states.
+    params: none.
+  """
+
+  width: int
+  params: tuple[()] = ()
+
+  def encode(self, params: tuple[()], ids: jax.Array) -> jax.Array:
+    """[B, T] -> [B, T, width] float32."""
+    del params
+    return jnp.zeros((*ids.shape, self.width))
+
+
 def _kind(config: Config) -> tuple[type[nnx.Module], Any]:
   """The module class and the pure function of a config record."""
   if isinstance(config, clip.ClipTextConfig):
@@ -72,9 +90,7 @@ def create_text_encoder(config: Config, key: jax.Array) -> TextEncoder:
 def abstract_text_encoder(config: Config) -> TextEncoder:
   """A text encoder whose params are `jax.ShapeDtypeStruct`."""
   cls, _ = _kind(config)
-  module = nnx.eval_shape(lambda: cls(config, rngs=nnx.Rngs(0)))
-  graphdef, params = layers.split(module)
-  return TextEncoder(config, graphdef, params, layers.logical_axes(module))
+  return TextEncoder(config, *layers.define(cls, config))
 
 
 def parse_config(

@@ -148,10 +148,7 @@ def create_autoencoder(config: Any, key: jax.Array) -> Autoencoder:
 
 def abstract_autoencoder(config: Any) -> Autoencoder:
   """An autoencoder whose params are `jax.ShapeDtypeStruct`."""
-  make = _family_of(config).module
-  module = nnx.eval_shape(lambda: make(config, rngs=nnx.Rngs(0)))
-  graphdef, params = layers.split(module)
-  return Autoencoder(config, graphdef, params, layers.logical_axes(module))
+  return Autoencoder(config, *layers.define(_family_of(config).module, config))
 
 
 def normalise(z: jax.Array, config: Any) -> jax.Array:
