@@ -12,8 +12,8 @@ from digen_jax.types import Conditioning
 
 # The same noise whatever the run's seed: policies of several runs compare.
 NOISE_SEED = 0
-# Samples scored at once, so that a few videos are float32 at a time.
-SCORED = 8
+# Values that rewards see at once, 1 GiB: of long videos a few at a time.
+SCORED = 2**28
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Evaluated:
     images: [N, H, W, 3] uint8.
     rewards: [N] float32 weighted total.
     parts: reward name -> [N] float32.
+    split: "held_out", or "train" for prompts that are trained on.
   """
 
   step: int
@@ -33,12 +34,18 @@ class Evaluated:
   images: np.ndarray
   rewards: np.ndarray
   parts: dict[str, np.ndarray]
+  split: str = "held_out"
+
+  @property
+  def label(self) -> str:
+    """The split, for people."""
+    return self.split.replace("_", "-")
 
   def row(self) -> dict[str, Any]:
     """Its entry in evaluation.json."""
     return {
       "step": self.step,
-      "split": "held_out",
+      "split": self.split,
       "prompts": len(self.prompts),
       "reward_mean": float(self.rewards.mean()),
       "reward_std": float(self.rewards.std()),
@@ -59,7 +66,9 @@ def evaluate(
   reward: Composite,
   step: int,
 ) -> Evaluated:
-  """Samples one image per prompt and scores them, `SCORED` at a time.
+  """Samples one image per prompt and scores them.
+
+  Rewards see at most `SCORED` values at once, or one sample.
 
   Args:
     sample: the policy, called with conditioning, negative and a seed.
@@ -71,8 +80,9 @@ def evaluate(
   """
   images = sample(conditioning, negative, NOISE_SEED)
   scores = []
-  for first in range(0, len(images), SCORED):
-    rows = slice(first, first + SCORED)
+  size = max(1, SCORED // images[0].size)
+  for first in range(0, len(images), size):
+    rows = slice(first, first + size)
     scores.append(reward.score(as_floats(images[rows]), list(prompts[rows])))
   total = np.concatenate([score.total for score in scores])
   parts = {

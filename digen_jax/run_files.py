@@ -200,7 +200,11 @@ class RunFiles:
   def summary(self) -> dict[str, Any]:
     """Held-out reward of the first and the last evaluation."""
     first, last = self._evaluations[0], self._evaluations[-1]
-    return {"before": first["reward_mean"], "after": last["reward_mean"]}
+    return {
+      "before": first["reward_mean"],
+      "after": last["reward_mean"],
+      "label": last["split"].replace("_", "-"),
+    }
 
   def _write_json(self, name: str, value: Any) -> None:
     write_text(self.workdir / name, json.dumps(value, indent=2) + "\n")

@@ -218,7 +218,7 @@ class Run:
       call = self.rollout.call
       return call("sample", params, conditioning, negative, seed).result()
 
-    return evaluate(
+    result = evaluate(
       sample,
       self.held_out,
       self.held_out_conditioning,
@@ -226,6 +226,8 @@ class Run:
       self.reward,
       self.step,
     )
+    split = "held_out" if self.config.eval.prompts else "train"
+    return dataclasses.replace(result, split=split)
 
   def train_one_step(self) -> tuple[dict[str, Any], list[Span]]:
     """One global step.
@@ -367,7 +369,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       README.md).
 
   Returns:
-    {"before", "after"}: held-out reward of the starting policy and the last.
+    {"before", "after", "label"}: reward of the starting policy and the last,
+    and on what: "held-out", or "train" where no other prompts are given.
 
   Raises:
     UserError: bad input; the directory is as it was.
@@ -413,7 +416,7 @@ def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:
   files.evaluated(result)
   write_report(run.workdir)
   progress.message(
-    f"held-out reward after {run.step} steps: {result.rewards.mean():.3f}"
+    f"{result.label} reward after {run.step} steps: {result.rewards.mean():.3f}"
   )
 
 

@@ -30,7 +30,8 @@ def main() -> None:
   before, after = result["before"], result["after"]
   workdir = _WORKDIR.value
   print(
-    f"\nheld-out reward {before:.3f} -> {after:.3f} ({after - before:+.3f})\n"
+    f"\n{result['label']} reward {before:.3f} -> {after:.3f} "
+    f"({after - before:+.3f})\n"
     f"report       {workdir}/report.html\n"
     f"pictures     {workdir}/samples/\n"
     f"checkpoints  {workdir}/checkpoints/\n"

@@ -5,11 +5,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from digen_jax import rewards
+from digen_jax import evaluation, rewards
 from digen_jax.data import scenes
 from digen_jax.data.scenes import Object, Scene
 from digen_jax.errors import UserError
-from digen_jax.evaluation import evaluate
 from digen_jax.rewards import shapes
 from digen_jax.rewards.compose import compose
 from digen_jax.rewards.jpeg import jpeg_kilobytes
@@ -350,7 +349,9 @@ def test_bad_compositions():
       rewards.compose(bad)
 
 
-def test_evaluations_are_scored_in_slices():
+@pytest.mark.parametrize(("most", "size"), [(8 * 48, 8), (50, 1), (40, 1)])
+def test_evaluations_are_scored_in_slices(most, size, monkeypatch):
+  monkeypatch.setattr(evaluation, "SCORED", most)
   seen = []
 
   def brightness(images, prompts):
@@ -361,8 +362,8 @@ def test_evaluations_are_scored_in_slices():
   images = np.random.default_rng(0).integers(0, 256, (19, 4, 4, 3), np.uint8)
   prompts = ["x" * i for i in range(19)]
   reward = compose([(brightness, 0.5)])
-  found = evaluate(lambda *_: images, prompts, None, None, reward, 3)
-  assert max(seen) <= 8 and sum(seen) == 19
+  found = evaluation.evaluate(lambda *_: images, prompts, None, None, reward, 3)
+  assert max(seen) == size and sum(seen) == 19
   expected = images.astype(np.float32).mean((1, 2, 3)) / 255 + np.arange(19)
   np.testing.assert_allclose(found.parts["brightness"], expected, rtol=1e-6)
   np.testing.assert_allclose(found.rewards, expected / 2, rtol=1e-6)
