@@ -44,7 +44,7 @@ def check_bfloat16(config, inputs, idle="nothing"):
     idle: pattern of paths that must have no gradient; all others must.
   """
   model = random_model(base=config)
-  full = jax.jit(model.apply)(model.params, *inputs)
+  full = jit(model.apply)(model.params, *inputs)
   half = random_model(base=config, dtype="bfloat16").apply
   plain = jax.jit(half)(model.params, *inputs)
   assert full.dtype == plain.dtype == jnp.float32
@@ -68,7 +68,7 @@ def check_bfloat16(config, inputs, idle="nothing"):
 def check_layouts(config, inputs):
   """Both layouts on four devices give what one device gives."""
   model = random_model(base=config)
-  plain = jax.jit(model.apply)(model.params, *inputs)
+  plain = jit(model.apply)(model.params, *inputs)
   for sizes, table in (
     (dict(fsdp=2, tensor=2), rules.TRAINER),
     (dict(tensor=2, data=2), rules.ROLLOUT),
@@ -79,7 +79,7 @@ def check_layouts(config, inputs):
     )
     params = jax.device_put(model.params, layout)
     whole = jax.device_put(inputs, replicated(mesh))
-    actual = jax.jit(model.apply)(params, *whole)
+    actual = jit(model.apply)(params, *whole)
     np.testing.assert_allclose(actual, plain, atol=2e-5)
 
 
@@ -128,7 +128,7 @@ def listed(value):
 def check_row_blocks(config, inputs, monkeypatch):
   """Attention by rows does not change the velocity."""
   model = random_model(base=config)
-  expected = jax.jit(model.apply)(model.params, *inputs)
+  expected = jit(model.apply)(model.params, *inputs)
   monkeypatch.setattr(attention_lib, "DIRECT_SCORES", 1)
   monkeypatch.setattr(attention_lib, "BLOCK", 8)
   # A function of its own: `jit` would find the trace of `model.apply`.

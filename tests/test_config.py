@@ -4,7 +4,13 @@ import math
 
 import pytest
 
-from digen_jax.config import Config, default_config, from_config_dict, to_dict
+from digen_jax.config import (
+  Config,
+  Mesh,
+  default_config,
+  from_config_dict,
+  to_dict,
+)
 from digen_jax.errors import UserError
 
 
@@ -69,6 +75,13 @@ def test_a_typo_in_a_file_is_an_error():
 def test_bad_values_say_what_is_wrong(values, words):
   with pytest.raises(UserError, match=words):
     from_config_dict(values)
+
+
+def test_meshes_as_flags_give_them():
+  mesh = {"rollout": "{'data': 2, 'tensor': 2}", "trainer": "6"}
+  config = from_config_dict({"mesh": mesh})
+  assert config.mesh == Mesh({"data": 2, "tensor": 2}, 6)
+  assert from_config_dict({"mesh": {"trainer": "auto"}}).mesh == Mesh()
 
 
 def test_integers_stand_for_floats():

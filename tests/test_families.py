@@ -149,7 +149,16 @@ def check_run(config, workdir):
     assert row["grad_norm"] > 0
 
 
-@pytest.mark.parametrize("name", PARTS)
+def slow_but(*names):
+  """The families, all but `names` marked as slow."""
+  return [
+    pytest.param(name, marks=[pytest.mark.slow] * (name not in names))
+    for name in PARTS
+  ]
+
+
+# The embedded checkpoint is a FLUX: other tests train it.
+@pytest.mark.parametrize("name", slow_but("qwen_image", "wan"))
 def test_lora_run(name, checkpoints, tmp_path):
   config = family_config(name, checkpoints(name), tmp_path)
   config.steps = 1
@@ -301,8 +310,15 @@ ADAPTED = {
 }
 
 
-@pytest.mark.parametrize("targets", TARGETS)
-@pytest.mark.parametrize("name", PARTS)
+@pytest.mark.parametrize(
+  ("name", "targets"),
+  [
+    pytest.param(name, targets, marks=[pytest.mark.slow] * slow)
+    for name in PARTS
+    for targets in TARGETS
+    for slow in [name in VIDEO and targets == "everything"]
+  ],
+)
 def test_diffusers_loads_what_is_exported(name, targets, checkpoints, tmp_path):
   checkpoint = checkpoints(name)
   config = family_config(name, checkpoint, tmp_path)

@@ -23,7 +23,6 @@ from digen_jax.parallel.reshard import check, checksums, reshard
     (1, 1, (1, 1)),
     (2, 6, (2, 6)),
     (5, 3, (5, 3)),
-    ("2", "6", (2, 6)),
     ("auto", 3, (5, 3)),
     ("auto", "auto", (4, 4)),
     ({"data": 2, "tensor": 2}, {"fsdp": 4}, (4, 4)),

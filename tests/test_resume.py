@@ -66,8 +66,9 @@ def test_resumed_run_equals_the_uninterrupted_one(stopped, tmp_path):
 
   # On other meshes it ends the same but for rounding.
   shutil.copytree(stopped[1], tmp_path / "moved")
-  config.mesh.rollout, config.mesh.trainer = 2, 6
-  training.train(from_config_dict(config), tmp_path / "moved")
+  other = config.copy_and_resolve_references()
+  other.mesh.rollout, other.mesh.trainer = 2, 6
+  training.train(from_config_dict(other), tmp_path / "moved")
   moved = final_params(config, tmp_path / "moved")
   assert 0 < distance(whole["trainable"], moved["trainable"]) < 1e-4
 
