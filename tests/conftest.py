@@ -30,6 +30,18 @@ def compiled_programs(tmp_path_factory):
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
 
 
+@pytest.fixture(scope="module")
+def compiled_quickly():
+  """For tests that compile more than they compute: machine code as it comes.
+
+  What has to show in optimised programs, such as equal bits in rollout and
+  training, is tested without this.
+  """
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def prompts_file(tmp_path):
   """A prompt file of the embedded task."""

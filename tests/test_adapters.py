@@ -27,6 +27,8 @@ from digen_jax.weights import adapters, export, load
 from tests import references
 from tests.small_run import small_config
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 RANK, ALPHA = 3, 7.0
 FLUX = "FluxTransformer2DModel"
 # Of 2 double and 2 single blocks: attention 8 + 3, feed-forward 4, and so on.

@@ -23,6 +23,8 @@ from digen_jax.weights.adapters import save_adapters
 from digen_jax.weights.load import load_abstract
 from tests.small_run import small_config
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 MODES = {
   "full": {},
   "lora": dict(lora_rank=4),

@@ -13,6 +13,8 @@ from digen_jax.island import Island
 from digen_jax.pipeline.units import Workload
 from tests.small_run import distance, small_config, write_prompts
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SPLITS = {
   "1+1": (1, 1, "auto"),
   "2+6 resharded": (2, 6, "rollout"),

@@ -14,6 +14,8 @@ from digen_jax.program import Program
 from digen_jax.run_files import RunFiles
 from tests.small_run import small_config
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 WORK = Workload(groups=16, group_size=24, window=2, pack=2)
 
 

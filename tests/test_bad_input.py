@@ -17,6 +17,8 @@ from digen_jax.errors import UserError
 from digen_jax.pipeline.execute import UnitError
 from tests.small_run import small_config
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[1]
 WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
 

@@ -16,6 +16,8 @@ from digen_jax.benchmarks import cases, loading, models, output, reference
 from digen_jax.models import abstract_model, lora
 from digen_jax.weights import load, safetensors
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 SCRIPT = Path(__file__).parents[1] / "launch" / "benchmark.py"
 
 

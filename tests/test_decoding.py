@@ -13,6 +13,8 @@ from digen_jax.weights import load
 from tests import references
 from tests.autoencoders import HUNYUAN, WAN, build, save
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def recipe_of(autoencoder, **changes):
   fields = dataclasses.fields(policy.Recipe)

@@ -24,6 +24,8 @@ from digen_jax.sampler import Sampler
 from digen_jax.weights import load
 from tests import autoencoders, references, text_pipelines
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 JOINT = dict(num_layers=2, attention_head_dim=24, num_attention_heads=2)
 ROPE = dict(axes_dims_rope=(4, 10, 10))
 KL_SIZES = references.VAE

@@ -20,6 +20,8 @@ from digen_jax.parallel.mesh import make_mesh
 from tests.references import SD3
 from tests.text_pipelines import FAMILIES, LENGTH, PROMPTS
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):

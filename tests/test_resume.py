@@ -22,6 +22,8 @@ from digen_jax.errors import UserError
 from digen_jax.metrics import read_metrics
 from tests.small_run import distance, small_config, write_prompts
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[1]
 
 

@@ -18,6 +18,8 @@ from digen_jax.weights import load
 from digen_jax.weights.adapters import save_adapters
 from tests.references import normal
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 ROOT = Path(__file__).parents[1]
 FLUX = assets.path("tiny_flux")
 SMALL = {"sampling": {"height": 16, "width": 16}, "eval": {"num_steps": 2}}

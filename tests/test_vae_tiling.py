@@ -21,6 +21,8 @@ from tests.autoencoders import (
 )
 from tests.references import jit
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 TILING = vae.Tiling(size=16, stride=12)
 
 

@@ -26,6 +26,8 @@ from tests.autoencoders import (
 )
 from tests.references import jit
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 
 def statistics(config):
   """(shift, scale) of the latents, from diffusers' own config."""

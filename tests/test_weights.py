@@ -24,6 +24,8 @@ from digen_jax.parallel import rules
 from digen_jax.weights import export, load, parity, safetensors
 from tests import references
 
+pytestmark = pytest.mark.usefixtures("compiled_quickly")
+
 FILE = "diffusion_pytorch_model.safetensors"
 TENSOR = "transformer_blocks.1.attn.to_q.weight"
 

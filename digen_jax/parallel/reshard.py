@@ -1,6 +1,5 @@
 """Moving a pytree from one mesh to another, verified on arrival."""
 
-import functools
 from typing import Any
 
 import jax
@@ -41,7 +40,7 @@ def checksums(tree: Any) -> list[jax.Array]:
   Elements are weighted by their position, so that permuted shards show. The
   arrays may still be under way.
   """
-  return [_leaf_checksum(leaf) for leaf in jax.tree.leaves(tree)]
+  return _checksums(jax.tree.leaves(tree))
 
 
 def check(sent: Any, received: Any) -> None:
@@ -61,7 +60,11 @@ def check(sent: Any, received: Any) -> None:
     )
 
 
-@functools.partial(jax.jit, inline=False)
+@jax.jit
+def _checksums(leaves: list[jax.Array]) -> list[jax.Array]:
+  return [_leaf_checksum(leaf) for leaf in leaves]
+
+
 def _leaf_checksum(leaf: jax.Array) -> jax.Array:
   width = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[leaf.dtype.itemsize]
   bits = jax.lax.bitcast_convert_type(leaf, width).astype(jnp.uint32)
