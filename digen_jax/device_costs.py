@@ -242,7 +242,8 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     *lines,
     "a trainer lane gathers the weights for every unit and reduces gradients "
     "after it, neither overlapped with compute; rollout lanes that train send "
-    "their gradients over the network",
+    "their gradients over the network; what these take of memory, 4 bytes a "
+    "trained weight, is not counted there",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]
