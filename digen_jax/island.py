@@ -69,6 +69,12 @@ class Parcel:
   sums: Any
 
 
+def _verified(parcel: Parcel, received: Any, sums: Any) -> Any:
+  """What arrived; RuntimeError unless it is what was sent, bit by bit."""
+  check(parcel.sums, sums)
+  return received
+
+
 class Island:
   """One lane's mesh and everything on it."""
 
@@ -139,16 +145,14 @@ class Island:
   def published(self) -> Any:
     """Trainable parameters of the newest version received, checked."""
     if self._incoming is not None:
-      parcel, received, sums = self._incoming
-      self._incoming = None
-      check(parcel.sums, sums)
-      self._published, self.version = received, parcel.version
+      arrived, self._incoming = self._incoming, None
+      self._published = _verified(*arrived)
+      self.version = arrived[0].version
     return self._published
 
   def receive(self, parcel: Parcel) -> None:
     """Takes in a new version. It is checked before it is first used."""
-    received = reshard(parcel.params, self._rollout_layout)
-    self._incoming = parcel, received, checksums(received)
+    self._incoming = self._arrived(parcel)
     self._borrowed = self._lent = None
 
   def borrow(self, parcel: Parcel) -> Any:
@@ -157,18 +161,20 @@ class Island:
     Gradients are taken of them until the next version comes, or other weights
     are borrowed. Like a version they are checked before they are first used.
     """
+    self._lent = self._arrived(parcel)
+    return self._lent[1]
+
+  def _arrived(self, parcel: Parcel) -> tuple[Parcel, Any, Any]:
+    """The parcel, its parameters on this mesh, and their checksums."""
     received = reshard(parcel.params, self._rollout_layout)
-    self._lent = parcel, received, checksums(received)
-    return received
+    return parcel, received, checksums(received)
 
   @property
   def borrowed(self) -> Any:
     """What was borrowed last, checked; None if the version is newer."""
     if self._lent is not None:
-      parcel, received, sums = self._lent
-      self._lent = None
-      check(parcel.sums, sums)
-      self._borrowed = received
+      lent, self._lent = self._lent, None
+      self._borrowed = _verified(*lent)
     return self._borrowed
 
   def generate(
