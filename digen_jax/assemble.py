@@ -29,6 +29,7 @@ from digen_jax.types import Conditioning
 from digen_jax.weights.adapters import check_adapters, load_adapters
 from digen_jax.weights.load import (
   PipelineConfig,
+  check_weights,
   load_abstract,
   load_abstract_autoencoder,
   load_autoencoder,
@@ -76,6 +77,7 @@ def workload(config: Config) -> Workload:
     scope=config.advantage.scope,
     gap=pipeline.gap,
     stale=round(pipeline.tcss * -(-samples // size)),
+    held=pipeline.held_gradients,
   )
 
 
@@ -116,31 +118,70 @@ def assemble(
       image size does not fit the model; LoRA targets match nothing; a LoRA
       file does not fit; the mesh cuts what cannot be cut.
   """
-  pipeline, parts = load_pipeline_config(config.checkpoint), None
-  decoding = _decoding(config, pipeline)
-  model = _abstract_denoiser(config)
-  autoencoder = load_abstract_autoencoder(config.checkpoint, **decoding)
+  pipeline = load_pipeline_config(config.checkpoint)
+  base = load_abstract(
+    config.checkpoint, dtype=config.dtype.compute, remat=config.train.remat
+  )
+  model = _with_abstract_adapters(config, base)
+  autoencoder = load_abstract_autoencoder(
+    config.checkpoint, **_decoding(config, pipeline)
+  )
   recipe = _recipe(config, model, autoencoder, pipeline)
-  if weights:
-    # The small one first: should its files be damaged, that shows at once.
-    autoencoder = load_autoencoder(config.checkpoint, mesh=mesh, **decoding)
-    model = _denoiser(config, mesh, rules, training)
-    trainable, frozen = lora.split_trainable(
-      model.params, "lora" if config.train.lora_rank else "full"
-    )
-    parts = Weights(trainable, frozen, autoencoder.params, model.logical_axes)
-  return Assembly(config, model, autoencoder, parts, recipe, workload(config))
+  check_weights(config.checkpoint, "vae", autoencoder.params)
+  check_weights(config.checkpoint, "transformer", base.params)
+  assembly = Assembly(
+    config, model, autoencoder, None, recipe, workload(config)
+  )
+  return (
+    with_weights(assembly, mesh=mesh, rules=rules, training=training)
+    if weights
+    else assembly
+  )
+
+
+def with_weights(
+  assembly: Assembly,
+  *,
+  mesh: Mesh | None = None,
+  rules: Rules = ROLLOUT,
+  training: bool = True,
+) -> Assembly:
+  """Reads the weights of an assembly that was made without them.
+
+  Args:
+    assembly: the run.
+    mesh: as for `assemble`, and so are the others.
+    rules: layout of the denoiser.
+    training: False keeps all parameters as they are computed with.
+
+  Raises:
+    UserError: the files are damaged.
+  """
+  config = assembly.config
+  # The small one first: should its files be damaged, that shows at once.
+  autoencoder = load_autoencoder(
+    config.checkpoint,
+    mesh=mesh,
+    **_decoding(config, load_pipeline_config(config.checkpoint)),
+  )
+  model = _denoiser(config, mesh, rules, training)
+  trainable, frozen = lora.split_trainable(
+    model.params, "lora" if config.train.lora_rank else "full"
+  )
+  return dataclasses.replace(
+    assembly,
+    model=model,
+    autoencoder=autoencoder,
+    weights=Weights(trainable, frozen, autoencoder.params, model.logical_axes),
+  )
 
 
 LORA_STREAM = 0x4C4F5241
 
 
-def _abstract_denoiser(config: Config) -> Model:
+def _with_abstract_adapters(config: Config, model: Model) -> Model:
   """The model with its adapters as shapes; UserError where they do not fit."""
   train = config.train
-  model = load_abstract(
-    config.checkpoint, dtype=config.dtype.compute, remat=train.remat
-  )
   if not train.lora_rank:
     return model
   adapted = []

@@ -21,11 +21,10 @@ from digen_jax.pipeline.cost_table import (
 from digen_jax.pipeline.planner import (
   Prediction,
   Techniques,
-  best_split,
   equal_split,
-  legal_sizes,
   predict,
 )
+from digen_jax.pipeline.splits import best_split, legal_sizes
 from digen_jax.pipeline.units import Workload
 from digen_jax.program import Program
 

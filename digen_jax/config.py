@@ -154,6 +154,10 @@ class Pipeline:
     train_size: samples per Train unit; 0 means one group.
     timesteps_per_pack: trained steps per pack under TSP; 0 means all, or on
       accelerators as many as fit into memory.
+    held_gradients: how many packs a lane may be ahead of the first that is not
+      trained yet (its rewards are slow); 0 sets no limit. Gradients are summed
+      in canonical order, so each of them waits in memory, as large as what is
+      trained is in float32.
   """
 
   mode: str = "disaggregated"
@@ -170,6 +174,7 @@ class Pipeline:
   generate_size: int = 0
   train_size: int = 0
   timesteps_per_pack: int = 0
+  held_gradients: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -414,6 +419,7 @@ def check(config: Config) -> None:
     ("eval.fps", config.eval.fps, 1),
     ("advantage.ddof", config.advantage.ddof, 0),
     ("pipeline.timesteps_per_pack", config.pipeline.timesteps_per_pack, 0),
+    ("pipeline.held_gradients", config.pipeline.held_gradients, 0),
   ):
     if value < least:
       raise UserError(f"config.{where} must be at least {least}; got {value}")

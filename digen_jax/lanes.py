@@ -85,14 +85,21 @@ def make_team(config: Config, assembly: Assembly) -> Team:
     UserError: the meshes do not fit the devices or the model.
   """
   lanes, axes = make_lanes(config.pipeline), lane_axes(config)
-  heads = assembly.model.config.num_attention_heads
-  for shape in axes.values():
-    check_heads(shape, heads, assembly.model.family.class_name)
+  check_lanes(axes, assembly)
   if config.pipeline.lanes == "ray":
     links = _ray_links(config, lanes, axes)
   else:
     links = _local_links(config, assembly, lanes)
   return team_of(lanes, links)
+
+
+def check_lanes(
+  axes: Mapping[str, Mapping[str, int]], assembly: Assembly
+) -> None:
+  """Raises UserError where the mesh of a lane cuts heads of the model."""
+  heads = assembly.model.config.num_attention_heads
+  for shape in axes.values():
+    check_heads(shape, heads, assembly.model.family.class_name)
 
 
 def team_of(lanes: Sequence[Lane], links: Mapping[str, Link]) -> Team:

@@ -31,11 +31,11 @@ from digen_jax.pipeline.planner import (
   Prediction,
   Split,
   Techniques,
-  best_splits,
   equal_split,
   ladder,
   predict,
 )
+from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
 from digen_jax.svg import number
 from digen_jax.timeline import read_trace, write_trace

@@ -18,8 +18,6 @@ from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import PromptStream
 from digen_jax.errors import UserError
 from digen_jax.evaluation import as_floats
-from digen_jax.grpo.advantages import group_advantages
-from digen_jax.grpo.windows import window_start
 from digen_jax.lanes import Team
 from digen_jax.links import Pending
 from digen_jax.pipeline.cost_table import Measured
@@ -28,11 +26,11 @@ from digen_jax.pipeline.execute import Handle, Start
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from digen_jax.policy import Recipe
 from digen_jax.rewards.compose import Composite
+from digen_jax.samples import Samples, window_starts
 from digen_jax.types import Conditioning, TrainBatch
 
 NOTHING: frozenset[int] = frozenset()
 KINDS = {"generate": Kind.GENERATE, "gradients": Kind.TRAIN}  # by method
-WINDOW_STREAM = 0x57494E44  # noise is keyed by the step itself, far below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,82 +69,6 @@ class HostWork(Handle):
   def finish(self) -> frozenset[int]:
     """Hands the result over; raises what the call raised."""
     return self.take(self.future.result())
-
-
-def window_starts(
-  seed: int, step: int, groups: int, window: tuple[int, int, int | None]
-) -> np.ndarray:
-  """First trained step of every group: [groups] int32.
-
-  Keyed by seed, step and group, in a stream apart from that of the noise.
-  """
-  key = jax.random.fold_in(jax.random.key(seed), WINDOW_STREAM)
-  key = jax.random.fold_in(key, step)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    key, np.arange(groups, dtype=np.uint32)
-  )
-  return np.asarray(jax.vmap(lambda key: window_start(key, *window))(keys))
-
-
-class Samples:
-  """The samples of one global step, on the host, in canonical order.
-
-  Attributes:
-    step: global step.
-    prompts: [groups] text of each group's prompt.
-    prompt_ids: [groups] index of each prompt in the prompt set.
-    start: [groups] first trained step of each group.
-    states: [N, W+1, ...] float32, allocated with the first unit.
-    log_probs: [N, W] float32.
-    rewards: [N] float32, NaN where not scored yet.
-    parts: reward name -> [N] float32.
-    advantages: [N] float32, NaN where not known yet.
-    images: [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
-    version: [N] int32, the policy version each was generated with.
-    generated_by: lane name -> Generate units.
-  """
-
-  def __init__(
-    self,
-    step: int,
-    work: Workload,
-    prompts: Sequence[str],
-    prompt_ids: np.ndarray,
-    start: np.ndarray,
-    reward_names: Sequence[str],
-  ):
-    count = work.samples
-    self.step, self.work = step, work
-    self.prompts, self.prompt_ids, self.start = prompts, prompt_ids, start
-    self.states = self.images = None
-    self.log_probs = np.zeros((count, work.window), np.float32)
-    self.rewards = np.full(count, np.nan, np.float32)
-    self.parts = {n: np.full(count, np.nan, np.float32) for n in reward_names}
-    self.advantages = np.full(count, np.nan, np.float32)
-    self.version = np.full(count, step, np.int32)
-    self.generated_by: dict[str, int] = {}
-
-  def store(self, lane: str, unit: Unit, arrays: tuple) -> None:
-    """Takes in what a Generate unit made; padding rows are dropped."""
-    self.generated_by[lane] = self.generated_by.get(lane, 0) + 1
-    trajectory, images = jax.tree.map(np.asarray, arrays)
-    if self.states is None:
-      count = self.work.samples
-      self.states = np.empty((count, *trajectory.states.shape[1:]), np.float32)
-      self.images = np.empty((count, *images.shape[1:]), np.uint8)
-    rows = slice(unit.start, unit.stop)
-    self.states[rows] = trajectory.states[: unit.samples]
-    self.log_probs[rows] = trajectory.log_probs[: unit.samples]
-    self.images[rows] = images[: unit.samples]
-
-  def dead(self, groups: Sequence[int]) -> frozenset[int]:
-    """Those of `groups` whose rewards are all equal."""
-    rewards = self.rewards.reshape(self.work.groups, self.work.group_size)
-    return frozenset(g for g in groups if (rewards[g] == rewards[g, 0]).all())
-
-  def staleness(self, rows: slice = slice(None)) -> np.ndarray:
-    """By how many updates the policy was older than the step: [n] int32."""
-    return self.step - self.version[rows]
 
 
 class Program:
@@ -392,7 +314,7 @@ class Program:
 
     return HostWork(
       self._threads.submit(call),
-      lambda scores: self._take(samples, unit, scores),
+      lambda scores: samples.take(unit, scores, self.config.advantage),
     )
 
   def train(self, lane: str, unit: Unit) -> Handle:
@@ -540,41 +462,6 @@ class Program:
       "staleness_max": int(samples.staleness().max()),
       "generated_by": dict(samples.generated_by),
     }
-
-  def _take(self, samples: Samples, unit: Unit, scores: Any) -> frozenset[int]:
-    """Stores rewards, and advantages where they are all there."""
-    work = self.work
-    samples.rewards[unit.start : unit.stop] = scores.total
-    for name, values in scores.parts.items():
-      samples.parts[name][unit.start : unit.stop] = values
-    if work.scope == "global":
-      complete = (
-        [range(work.groups)]
-        if self._scored(samples, range(work.groups))
-        else []
-      )
-    else:
-      complete = [range(g, g + 1) for g in work.groups_of(unit)]
-      complete = [g for g in complete if self._scored(samples, g)]
-    for groups in complete:
-      rows = slice(
-        groups[0] * work.group_size, (groups[-1] + 1) * work.group_size
-      )
-      settings = self.config.advantage
-      samples.advantages[rows] = group_advantages(
-        samples.rewards[rows],
-        np.arange(rows.start, rows.stop) // work.group_size,
-        scope=settings.scope,
-        ddof=settings.ddof,
-        eps=settings.eps,
-        clip=settings.clip,
-      )
-    return samples.dead([g for groups in complete for g in groups])
-
-  def _scored(self, samples: Samples, groups: range) -> bool:
-    size = self.work.group_size
-    rows = slice(groups[0] * size, (groups[-1] + 1) * size)
-    return not np.isnan(samples.rewards[rows]).any()
 
   def _accumulate(
     self, unit: Unit, metrics: dict[str, Any], source: Any

@@ -15,7 +15,7 @@ from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost
 from digen_jax.evaluation import Evaluated, evaluate, select
-from digen_jax.lanes import Team, lane_axes, make_team
+from digen_jax.lanes import Team, check_lanes, lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
@@ -23,10 +23,10 @@ from digen_jax.parallel.rules import TRAINER
 from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor, UnitError
-from digen_jax.pipeline.planner import quick_end, stale_pays
 from digen_jax.pipeline.scheduler import State, next_step, start_step
 from digen_jax.pipeline.search import LIVE, Search
 from digen_jax.pipeline.simulate import Assist, always
+from digen_jax.pipeline.steady import quick_end, stale_pays
 from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.program import Program
 from digen_jax.report import write_report
@@ -45,7 +45,10 @@ class Run:
   """A training run in a directory, ready to step."""
 
   def __init__(self, config: Config, workdir: str | Path):
-    """Checks everything and loads everything; writes nothing before that.
+    """Checks everything that shapes tell, encodes prompts, loads weights.
+
+    Nothing is written before the checks, and of the run nothing but the
+    embeddings.
 
     Args:
       config: the run.
@@ -69,13 +72,8 @@ class Run:
     _probe(self.reward, prompts, config)
     self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     run_files.check_earlier(config, self.fingerprint, self.workdir)
-    remote = config.pipeline.lanes == "ray"
-    assembly = assemble.assemble(
-      config,
-      weights=not remote,
-      mesh=None if remote else assemble.training_mesh(config),
-      rules=TRAINER,
-    )
+    assembly = assemble.assemble(config, weights=False)
+    check_lanes(axes, assembly)
     self.work = assembly.work
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
@@ -89,15 +87,19 @@ class Run:
     mesh, search = config.mesh, auto_split.wanted(config, devices)
     if search and (found := auto_split.recorded(self.workdir, devices)):
       mesh, search = found, False
-    team = make_team(dataclasses.replace(config, mesh=mesh), assembly)
-    if not search:  # the islands have their own; nothing else needs them
-      assembly = dataclasses.replace(assembly, weights=None)
+    # Before the denoiser is read: text encoders need not fit beside it.
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
     conditioning = embed(prompts)
     self.flops = unit_flops(assembly, conditioning.text.shape[1])
     self.negative = assemble.negative_conditioning(assembly, embed)
     self.held_out_conditioning = embed(self.held_out)
-    del embed  # the text encoders, before units are measured
+    del embed
+    if config.pipeline.lanes == "local":
+      where = assemble.training_mesh(config)
+      assembly = assemble.with_weights(assembly, mesh=where, rules=TRAINER)
+    team = make_team(dataclasses.replace(config, mesh=mesh), assembly)
+    if not search:  # the islands have their own; nothing else needs them
+      assembly = dataclasses.replace(assembly, weights=None)
 
     def program(team: Team, work: Workload) -> Program:
       return Program(

@@ -109,13 +109,14 @@ def test_a_run_loads_where_it_trains(mode, devices, prompts_file, monkeypatch):
   config = from_config_dict(config)
   assert [d.id for d in training_mesh(config).devices.flat] == list(devices)
 
-  def stop(config, *, weights, mesh, rules):
-    raise UserError(f"{weights} {mesh == training_mesh(config)} {rules}")
+  def stop(assembly, *, mesh, rules):
+    assert assembly.weights is None
+    raise UserError(f"{mesh == training_mesh(config)} {rules}")
 
-  monkeypatch.setattr(assemble_lib, "assemble", stop)
+  monkeypatch.setattr(assemble_lib, "with_weights", stop)
   with pytest.raises(UserError) as caught:
     training.Run(config, prompts_file.parent / "run")
-  assert str(caught.value) == f"True True {rules.TRAINER}"
+  assert str(caught.value) == f"True {rules.TRAINER}"
 
 
 @pytest.mark.parametrize("number", [0, 1])

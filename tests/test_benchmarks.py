@@ -65,13 +65,8 @@ def test_loading_reports_memory_and_speed(tmp_path):
   assert {x.name for x in tmp_path.iterdir()} == {"loading.md", "loading.json"}
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    n if n == "wan" else pytest.param(n, marks=pytest.mark.slow)
-    for n in cases.CASES
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", cases.CASES)
 def test_tiny_models_are_measured(name):
   """What the processes do, in this one."""
   config = cases.CASES[name].config(tiny=True)

@@ -22,8 +22,10 @@ def recipe_of(autoencoder, **changes):
   return dataclasses.replace(recipe, decode=autoencoder.decode, **changes)
 
 
-@pytest.mark.parametrize("sizes", [dict(data=2, tensor=2), dict(fsdp=4)])
-@pytest.mark.parametrize("class_name, frames", [(WAN, 3), (HUNYUAN, 6)])
+@pytest.mark.parametrize(
+  "class_name, frames, sizes",
+  [(WAN, 3, dict(data=2, tensor=2)), (HUNYUAN, 6, dict(fsdp=4))],
+)
 def test_the_same_pictures(class_name, frames, sizes, tmp_path):
   path = save(build(class_name, 9), tmp_path)
   mesh = make_mesh(sizes, jax.devices()[:4])

@@ -61,7 +61,13 @@ def reference(tmp_path_factory):
   return run(config, folder / "run", 3)
 
 
-@pytest.mark.parametrize("name", list(SPLITS)[1:])
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(n, marks=[pytest.mark.slow] * (n == "gap+tsp 2+6"))
+    for n in list(SPLITS)[1:]
+  ],
+)
 def test_every_split_gives_the_same_gradient(
   name, reference, prompts_file, tmp_path
 ):

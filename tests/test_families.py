@@ -160,7 +160,7 @@ def slow_but(*names):
 
 
 # The embedded checkpoint is a FLUX: other tests train it.
-@pytest.mark.parametrize("name", slow_but("qwen_image", "wan"))
+@pytest.mark.parametrize("name", slow_but("wan"))
 def test_lora_run(name, checkpoints, tmp_path):
   config = family_config(name, checkpoints(name), tmp_path)
   config.steps = 1

@@ -193,6 +193,7 @@ def test_padding_changes_nothing():
   assert shape.shape == latents.shape
 
 
+@pytest.mark.slow
 def test_same_bits_in_rollout_and_training():
   checks.check_bfloat16(CONFIG, arguments())
 

@@ -37,17 +37,16 @@ from digen_jax.pipeline.cost_table import (
 from digen_jax.pipeline.planner import (
   RUNGS,
   Split,
-  best_split,
-  best_splits,
   cut,
   equal_split,
   ladder,
   make_lanes,
   predict,
-  stale_pays,
 )
 from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.simulate import simulate
+from digen_jax.pipeline.splits import best_split, best_splits
+from digen_jax.pipeline.steady import stale_pays
 from digen_jax.pipeline.units import (
   Kind,
   Unit,

@@ -177,6 +177,7 @@ def test_padding_has_no_influence():
   assert float(jnp.abs(full - plain)[1:].max()) > 0.01
 
 
+@pytest.mark.slow
 def test_same_bits_in_rollout_and_training():
   model_checks.check_bfloat16(CONFIG, arguments())
 

@@ -16,7 +16,7 @@ from digen_jax.pipeline.scheduler import (
   start_step,
 )
 from digen_jax.pipeline.simulate import simulate
-from digen_jax.pipeline.units import Kind, Workload, step_units
+from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from tests.unit_order import must_precede
 
 ROLLOUT = Lane("rollout", frozenset({Kind.GENERATE}))
@@ -121,6 +121,29 @@ def test_updates_keep_their_order_where_all_groups_of_one_are_dead():
   assert ran[:4] == [train, train, (update, 0), (update, 1)]
 
 
+@pytest.mark.parametrize(("held", "ahead"), [(0, 5), (1, 1), (3, 3)])
+def test_gradients_that_wait_for_others_are_limited(held, ahead):
+  work = Workload(groups=6, group_size=2, window=1, gap=True, held=held)
+  state = start_step(work, 0)
+  for unit in step_units(work, 0):
+    late = unit.kind == Kind.SCORE and unit.start == 0
+    if unit.kind in (Kind.GENERATE, Kind.SCORE):
+      lane = HOST if unit.kind == Kind.SCORE else ROLLOUT
+      state = on_start(state, lane, unit)
+      state = state if late else on_done(state, lane, unit)
+  ran = []
+  while unit := next_unit(state, TRAINER):
+    state = on_done(on_start(state, TRAINER, unit), TRAINER, unit)
+    ran.append(unit.start)
+  assert ran == [2, 4, 6, 8, 10][:ahead]
+  state = on_done(state, HOST, Unit(Kind.SCORE, 0, 0, 2))
+  while unit := next_unit(state, TRAINER):
+    state = on_done(on_start(state, TRAINER, unit), TRAINER, unit)
+    ran.append(unit.start)
+  assert finished(state)
+  assert sorted(ran[:6]) == [0, 2, 4, 6, 8, 10]
+
+
 def test_no_lane_for_a_kind_is_an_error():
   with pytest.raises(RuntimeError, match="no lane can do"):
     simulate(start_step(Workload(2, 2, 1), 0), (ROLLOUT, HOST), cost)
@@ -133,7 +156,7 @@ def test_a_unit_that_is_not_running_cannot_end():
 
 
 workloads = st.builds(
-  lambda groups, size, window, pack, updates, gap, scope, part: Workload(
+  lambda groups, size, window, pack, updates, gap, scope, part, held: Workload(
     groups=groups * updates,
     group_size=size * part,
     window=window,
@@ -143,6 +166,7 @@ workloads = st.builds(
     pack=min(pack, window),
     scope=scope,
     gap=gap,
+    held=held,
   ),
   st.integers(1, 4),
   st.integers(1, 3),
@@ -152,6 +176,7 @@ workloads = st.builds(
   st.booleans(),
   st.sampled_from(["group", "global"]),
   st.integers(1, 3),
+  st.sampled_from([0, 0, 1, 2]),
 )
 
 

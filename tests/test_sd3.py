@@ -176,6 +176,7 @@ def test_the_position_table_is_never_trained():
   assert frozen["patch_embed"]["pos_embed"].shape == (1, 81, 48)
 
 
+@pytest.mark.slow
 def test_same_bits_in_rollout_and_training():
   # What the text asks in the last block, nobody hears.
   idle = r"\.pos_embed$|last_block\.attn\.(add_q_proj|norm_added_q)"

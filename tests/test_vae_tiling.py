@@ -50,7 +50,7 @@ def tiled_reference(class_name):
   "class_name, shape",
   [
     (KL, (2, 28, 20)),
-    (WAN, (1, 5, 20, 16)),
+    pytest.param(WAN, (1, 5, 20, 16), marks=pytest.mark.slow),
     (QWEN, (2, 1, 8, 20)),
     (HUNYUAN, (1, 17, 20, 8)),
   ],

@@ -27,10 +27,10 @@ from digen_jax.errors import UserError
 from digen_jax.lanes import Team, make_lanes, team_of
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor
-from digen_jax.pipeline.planner import stale_pays
 from digen_jax.pipeline.scheduler import next_step, start_step
 from digen_jax.pipeline.search import LIVE, PREDICTED, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
+from digen_jax.pipeline.steady import stale_pays
 from digen_jax.pipeline.units import (
   Kind,
   Unit,

@@ -25,13 +25,8 @@ from digen_jax.models.costs import DENOISERS
 from digen_jax.models.published import find_model
 from digen_jax.models.vae.costs import DECODERS
 from digen_jax.page import page, section
-from digen_jax.pipeline.planner import (
-  RUNGS,
-  Prediction,
-  best_splits,
-  equal_split,
-  ladder,
-)
+from digen_jax.pipeline.planner import RUNGS, Prediction, equal_split, ladder
+from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
 
 COUNT = 32  # devices

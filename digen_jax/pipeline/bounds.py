@@ -96,6 +96,11 @@ def unit_counts(work: Workload) -> dict[Kind, dict[int, int]]:
   return counts
 
 
+def train_units(work: Workload) -> int:
+  """How many Train units a step has."""
+  return sum(unit_counts(work)[Kind.TRAIN].values())
+
+
 def _lengths(total: int, size: int) -> dict[int, int]:
   """Lengths of the ranges of `size` that make up `total`, and their number."""
   lengths = {size: total // size, total % size: 1}

@@ -190,6 +190,13 @@ def _first(state: State, progress: Progress, kind: Kind) -> Unit | None:
   if not members:
     return None
   lowest = (members & -members).bit_length() - 1
+  if kind == Kind.TRAIN and state.work.held:
+    # Units between the first that is not done and this one.
+    trains = plan(state.work).kinds[kind]
+    missing = trains & ~progress.done
+    before = (1 << lowest) - (missing & -missing)
+    if (trains & before).bit_count() > state.work.held:
+      return None
   return step_units(state.work, progress.step)[lowest]
 
 

@@ -81,6 +81,8 @@ class Workload:
     gap: whether training may start before the last reward is in.
     stale: how many Generate units of the next step may start with the present
       policy version, once all of this step have been handed out (TCSS).
+    held: how far, in Train units, a lane may be ahead of the first that is not
+      done; 0 sets no limit. Their gradients wait for it in memory.
   """
 
   groups: int
@@ -93,6 +95,7 @@ class Workload:
   scope: str = "group"
   gap: bool = False
   stale: int = 0
+  held: int = 0
 
   @property
   def samples(self) -> int:

@@ -248,6 +248,23 @@ def load_abstract_autoencoder(
   return vae.abstract_autoencoder(config)
 
 
+def check_weights(path: str | Path, component: str, abstract: Params) -> None:
+  """Checks names, shapes and lengths of a module's files; reads headers only.
+
+  Args:
+    path: of the module, or of the pipeline.
+    component: "transformer" or "vae".
+    abstract: nested dict of `jax.ShapeDtypeStruct`s, what is expected.
+
+  Raises:
+    UserError: as `read_params`.
+  """
+  directory = module_directory(path, component)
+  class_name = read_json(directory / "config.json")["_class_name"]
+  tensors = safetensors.list_tensors(directory)
+  _match(directory, abstract, names.NAME_MAPS[class_name], tensors)
+
+
 def read_params(
   directory: str | Path,
   abstract: Params,
