@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,7 +18,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
       path.write_text(page)
   """
   path = Path(path)
-  temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+  # Processes of other hosts, which may have the same number, write here too.
+  token = f"{os.getpid()}-{secrets.token_hex(4)}"
+  temporary = path.with_name(f".{path.name}.{token}.tmp")
   try:
     yield temporary
     with open(temporary, "rb+") as file:

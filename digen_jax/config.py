@@ -150,6 +150,8 @@ class Pipeline:
       (extra `cluster`).
     retries: how often in a step a unit that failed is run again.
     reward_slots: reward calls under way at once, each in a thread of its own.
+    reward_timeout: seconds that a reward call may take before its unit fails
+      (see `retries`); 0 waits for ever.
     generate_size: samples per Generate unit; 0 means one group.
     train_size: samples per Train unit; 0 means one group.
     timesteps_per_pack: trained steps per pack under TSP; 0 means all, or on
@@ -171,6 +173,7 @@ class Pipeline:
   lanes: str = "local"
   retries: int = 0
   reward_slots: int = 4
+  reward_timeout: float = 1800.0
   generate_size: int = 0
   train_size: int = 0
   timesteps_per_pack: int = 0
@@ -440,12 +443,26 @@ def check(config: Config) -> None:
     ("train.weight_decay", train.weight_decay, math.inf),
     ("train.adam_eps", train.adam_eps, math.inf),
     ("advantage.eps", config.advantage.eps, math.inf),
+    ("sampling.embedded_guidance", sampling.embedded_guidance, math.inf),
+    ("pipeline.reward_timeout", config.pipeline.reward_timeout, math.inf),
     ("train.adam_b1", train.adam_b1, 1),
     ("train.adam_b2", train.adam_b2, 1),
     ("train.ema_decay", train.ema_decay, 1),
   ):
     if not 0 <= value < below:
       raise UserError(f"config.{where} must be in [0, {below}); got {value}")
+  if not 0 < sampling.guidance_scale < math.inf:
+    raise UserError(
+      "config.sampling.guidance_scale must be positive: 1 is without guidance "
+      "(0 would follow the negative prompt alone); got "
+      f"{sampling.guidance_scale}"
+    )
+  if config.advantage.ddof >= batch.group_size > 1:
+    raise UserError(
+      f"config.advantage.ddof={config.advantage.ddof} must be less than "
+      f"config.batch.group_size={batch.group_size}: it is taken off the number "
+      "of samples that a standard deviation is divided by"
+    )
   if sampling.kernel == "flow_cps" and sampling.noise_level > 1:
     raise UserError(
       "config.sampling.noise_level is the share of an angle with "

@@ -1,6 +1,8 @@
 """Held-out reward of a policy: fixed prompts, fixed noise, no randomness."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -27,6 +29,8 @@ class Evaluated:
     rewards: [N] float32 weighted total.
     parts: reward name -> [N] float32.
     split: "held_out", or "train" for prompts that are trained on.
+    setting: digest of what rewards depend on beside the policy; those of equal
+      settings compare.
   """
 
   step: int
@@ -35,6 +39,7 @@ class Evaluated:
   rewards: np.ndarray
   parts: dict[str, np.ndarray]
   split: str = "held_out"
+  setting: str = ""
 
   @property
   def label(self) -> str:
@@ -46,11 +51,26 @@ class Evaluated:
     return {
       "step": self.step,
       "split": self.split,
+      "setting": self.setting,
       "prompts": len(self.prompts),
       "reward_mean": float(self.rewards.mean()),
       "reward_std": float(self.rewards.std()),
       **{f"{name}_mean": float(v.mean()) for name, v in self.parts.items()},
     }
+
+
+def setting(config: Config, prompts: Sequence[str]) -> str:
+  """A digest of all that an evaluation depends on beside the policy."""
+  sampling = config.sampling
+  what = (
+    config.reward,
+    config.eval.num_steps,
+    (sampling.height, sampling.width, sampling.num_frames),
+    (sampling.guidance_scale, sampling.embedded_guidance),
+    (sampling.negative_prompt, sampling.text_length),
+    list(prompts),
+  )
+  return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
 
 def select(prompts: list[str], config: Config) -> list[str]:

@@ -1,12 +1,14 @@
 """The lanes of a run: what each may do, and the islands behind them."""
 
 import dataclasses
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 
 from digen_jax.assemble import Assembly
 from digen_jax.config import Config, Pipeline
+from digen_jax.errors import UserError
 from digen_jax.island import Island
 from digen_jax.links import Link, LocalLink
 from digen_jax.optimizer import make_optimizer
@@ -61,16 +63,27 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
   """Mesh axes of every lane; reads no weights.
 
   Raises:
-    UserError: the devices do not suffice, or Ray is wanted and not installed.
+    UserError: the devices do not suffice, accelerators would stay idle, or Ray
+      is wanted and not installed.
   """
+  mesh, mode = config.mesh, config.pipeline.mode
   if config.pipeline.lanes == "ray":
     from digen_jax import cluster
 
     available = cluster.gpus(cluster.start()) or config.devices
   else:
     available = jax.device_count()
-  mesh = config.mesh
-  return mesh_axes(config.pipeline.mode, mesh.rollout, mesh.trainer, available)
+  axes = mesh_axes(mode, mesh.rollout, mesh.trainer, available)
+  used = sum(math.prod(sizes.values()) for sizes in axes.values())
+  # Nobody means that; virtual devices of a CPU cost nothing.
+  local = config.pipeline.lanes == "local"
+  if local and used < available and jax.default_backend() != "cpu":
+    raise UserError(
+      f"config.mesh uses {used} of {available} {jax.default_backend()} devices: "
+      "give one of the roles the others ('auto'), or hide them, e.g. with "
+      "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES"
+    )
+  return axes
 
 
 def make_team(config: Config, assembly: Assembly) -> Team:

@@ -92,21 +92,39 @@ def _guarded(main: Callable[[], None]) -> None:
   try:
     main()
   except (UserError, UnitError, LaneLost) as error:
-    said = " ".join([str(error), *getattr(error, "__notes__", ())])
+    said = " ".join([_plain(error), *getattr(error, "__notes__", ())])
     _fail(said, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
   except KeyboardInterrupt:
     _fail("interrupted: the same command goes on from what is saved", 130)
-  except OSError as error:  # e.g. a full disk
-    _fail(f"{type(error).__name__}: {error}", 1)
+  except OSError as error:
+    said = _plain(error)
+    _fail(said if said != str(error) else f"{type(error).__name__}: {said}", 1)
   except Exception as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
+    said = _plain(error)
+    if said == str(error):
       raise
-    _fail(
-      f"out of memory ({str(error).splitlines()[0]}): choose a smaller "
-      "eval.batch_size, pipeline.generate_size or pipeline.train_size, "
-      "train.remat=block, or vae.tiling=256",
-      1,
+    _fail(said, 1)
+
+
+FULL = "No space left on device"
+
+
+def _plain(error: Exception) -> str:
+  """What an error says, in plain words where a library says it at length."""
+  said = str(error)
+  first = (said.splitlines() or [""])[0]
+  if FULL in said:  # safetensors and Orbax have errors of their own for it
+    return (
+      f"the disk is full ({first}): make room; the same command goes on from "
+      "what is saved"
     )
+  if "RESOURCE_EXHAUSTED" in said:
+    return (
+      f"out of memory ({first}): choose a smaller pipeline.generate_size, "
+      "pipeline.train_size, pipeline.timesteps_per_pack or eval.batch_size, "
+      "dtype.compute=bfloat16, train.remat=block, or vae.tiling=256"
+    )
+  return said
 
 
 def _parse(

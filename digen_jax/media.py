@@ -6,7 +6,7 @@ frames beside each other; `video_grid` and `save_video` show them move.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +16,7 @@ from digen_jax.atomic import replacing
 from digen_jax.errors import UserError
 
 CELL = 144  # pixels that small images are enlarged to, about
+LARGE = 512, 1024  # rows and columns that a picture in a grid may have
 GAP = 8
 BACKGROUND = (250, 250, 251)
 INK = (38, 41, 48)
@@ -38,7 +39,8 @@ def image_grid(
     images: [N, H, W, 3] float in [0, 1] or uint8.
     columns: images per row; by default about as many as rows.
     scale: whole factor by which every pixel is enlarged (no smoothing); by
-      default what brings small images to about 144 pixels.
+      default what brings small images to about 144 pixels. At 1, images of
+      more than 512 rows or 1024 columns are shown smaller.
     labels: N captions, wrapped to the width of an image; "\\n" breaks a line.
 
   Raises:
@@ -217,18 +219,15 @@ def _strip(video: np.ndarray) -> np.ndarray:
 
 def video_grid(
   videos: np.ndarray, labels: Sequence[str] | None = None
-) -> np.ndarray:
-  """`image_grid`, frame by frame: [F, H, W, 3] uint8.
+) -> Iterator[np.ndarray]:
+  """`image_grid`, frame by frame: F times [H, W, 3] uint8.
 
   Args:
     videos: [N, F, h, w, 3] float in [0, 1] or uint8.
     labels: N captions.
   """
-  frames = [
-    np.asarray(image_grid(videos[:, i], labels=labels))
-    for i in range(videos.shape[1])
-  ]
-  return np.stack(frames)
+  for i in range(videos.shape[1]):
+    yield np.asarray(image_grid(videos[:, i], labels=labels))
 
 
 def check_video_writer() -> None:
@@ -241,13 +240,15 @@ def check_video_writer() -> None:
     ) from error
 
 
-def save_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
+def save_video(
+  path: str | Path, frames: Iterable[np.ndarray], fps: int
+) -> None:
   """Writes an MP4 file (H.264) so that a kill leaves none or a whole one.
 
   Args:
     path: of the file.
-    frames: [F, H, W, 3] float in [0, 1] or uint8; an odd row or column at the
-      edge is repeated, as the format has none.
+    frames: F times [H, W, 3] float in [0, 1] or uint8, taken one by one; an
+      odd row or column at the edge is repeated, as the format has none.
     fps: frames per second.
 
   Raises:
@@ -256,18 +257,19 @@ def save_video(path: str | Path, frames: np.ndarray, fps: int) -> None:
   check_video_writer()
   import av
 
-  pixels = np.stack(to_uint8(frames))
-  odd = [(0, size % 2) for size in pixels.shape[1:3]]
-  pixels = np.pad(pixels, ((0, 0), *odd, (0, 0)), mode="edge")
   with (
     replacing(path) as temporary,
     av.open(str(temporary), "w", format="mp4") as container,
   ):
     stream = container.add_stream("libx264", rate=fps)
-    stream.height, stream.width = pixels.shape[1:3]
     stream.pix_fmt = "yuv420p"
-    for frame in pixels:
-      picture = av.VideoFrame.from_ndarray(frame, format="rgb24")
+    for i, frame in enumerate(frames):
+      (pixels,) = to_uint8([frame])
+      odd = [(0, size % 2) for size in pixels.shape[:2]]
+      pixels = np.pad(pixels, (*odd, (0, 0)), mode="edge")
+      if not i:
+        stream.height, stream.width = pixels.shape[:2]
+      picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
       container.mux(stream.encode(picture))
     container.mux(stream.encode())
 
@@ -285,8 +287,15 @@ def _row(
 
 
 def _captioned(image: np.ndarray, text: str, scale: int) -> Image.Image:
-  height, width = image.shape[:2]
-  picture = Image.fromarray(image).resize(
+  picture = Image.fromarray(image)
+  if (
+    scale == 1
+    and (factor := max(-(-n // most) for n, most in zip(image.shape, LARGE)))
+    > 1
+  ):
+    picture = picture.reduce(factor)
+  width, height = picture.size
+  picture = picture.resize(
     (width * scale, height * scale), Image.Resampling.NEAREST
   )
   if not text:

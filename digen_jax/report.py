@@ -308,8 +308,9 @@ def _extents(spans: Sequence[Span]) -> dict[int, tuple[float, float]]:
 
 def _timelines(spans: Sequence[Span]) -> list[tuple[str, str]]:
   """A panel for each of the last steps, on one time scale."""
-  extents = list(_extents(spans).items())[-SHOWN_STEPS:]
+  extents = list(_extents(spans).items())
   most = max(1, SHOWN_SPANS * len(extents) // max(len(spans), 1))
+  extents = extents[-SHOWN_STEPS:]
   extents = extents[-most:]
   seconds = max(end - start for _, (start, end) in extents)
   panels = []

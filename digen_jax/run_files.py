@@ -198,8 +198,14 @@ class RunFiles:
     )
 
   def summary(self) -> dict[str, Any]:
-    """Held-out reward of the first and the last evaluation."""
-    first, last = self._evaluations[0], self._evaluations[-1]
+    """Held-out reward of the last evaluation, and the first that compares."""
+    last = self._evaluations[-1]
+    what = last["split"], last.get("setting")
+    first = next(
+      row
+      for row in self._evaluations
+      if (row["split"], row.get("setting")) == what
+    )
     return {
       "before": first["reward_mean"],
       "after": last["reward_mean"],

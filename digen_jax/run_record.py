@@ -73,13 +73,23 @@ def load_run(workdir: Path) -> RunRecord:
 
 
 def splits(run: RunRecord) -> dict[str, Curve]:
-  """(step, reward) of the evaluations, by what they were made on."""
+  """(step, reward) of the evaluations, by what they were made on.
+
+  Where a run went on with another reward or other prompts a curve ends, and
+  one with a number begins.
+  """
   found: dict[str, Curve] = {}
+  settings: dict[str, list[Any]] = {}
   for row in run.evaluations:
     split = str(row.get("split", "held-out")).replace("_", "-")
     value = row.get("reward_mean")
     point = (row["step"], value if is_number(value) else None)
-    found.setdefault(split, []).append(point)
+    known = settings.setdefault(split, [])
+    if row.get("setting") not in known:
+      known.append(row.get("setting"))
+    number = known.index(row.get("setting")) + 1
+    name = split if number == 1 else f"{split} ({number})"
+    found.setdefault(name, []).append(point)
   return found
 
 

@@ -14,7 +14,7 @@ from digen_jax import assemble, auto_split, run_files
 from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost
-from digen_jax.evaluation import Evaluated, evaluate, select
+from digen_jax.evaluation import Evaluated, evaluate, select, setting
 from digen_jax.lanes import Team, check_lanes, lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
@@ -65,7 +65,8 @@ class Run:
       check_video_writer()
     axes = lane_axes(config)  # enough devices?
     prompts = read_prompts(config.prompts)
-    self.reward = compose(parse(config.reward))
+    timeout = config.pipeline.reward_timeout
+    self.reward = compose(parse(config.reward), timeout)
     held_out = read_prompts(config.eval.prompts or config.prompts)
     self.held_out = select(held_out, config)
     self.reward.check([*prompts, *self.held_out])
@@ -229,7 +230,8 @@ class Run:
       self.step,
     )
     split = "held_out" if self.config.eval.prompts else "train"
-    return dataclasses.replace(result, split=split)
+    digest = setting(self.config, self.held_out)
+    return dataclasses.replace(result, split=split, setting=digest)
 
   def train_one_step(self) -> tuple[dict[str, Any], list[Span]]:
     """One global step.

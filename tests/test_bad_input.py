@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -14,6 +15,7 @@ from safetensors.numpy import load_file, save_file
 from digen_jax import assets, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
+from digen_jax.lanes import lane_axes
 from digen_jax.pipeline.execute import UnitError
 from tests.small_run import small_config
 
@@ -59,6 +61,15 @@ def test_blank_lines_between_prompts_are_fine(tmp_path):
   file = tmp_path / "p.txt"
   file.write_bytes("\ufeffa red circle\r\n\r\n  \nthree green squares".encode())
   assert read_prompts(file) == ["a red circle", "three green squares"]
+
+
+def test_accelerators_are_not_left_idle_by_mistake(prompts_file, monkeypatch):
+  config = small_config(prompts_file)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  with pytest.raises(UserError, match=r"2 of 8 gpu devices: .* hide them"):
+    lane_axes(from_config_dict(config))
+  config.mesh.trainer = "auto"
+  assert lane_axes(from_config_dict(config))["trainer"]["fsdp"] == 7
 
 
 @pytest.mark.parametrize("held_out", [False, True])

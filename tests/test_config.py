@@ -1,9 +1,12 @@
 """Configs: conversion and checks."""
 
+import importlib
 import math
+import pathlib
 
 import pytest
 
+from digen_jax.assemble import workload
 from digen_jax.config import (
   Config,
   Mesh,
@@ -12,6 +15,8 @@ from digen_jax.config import (
   to_dict,
 )
 from digen_jax.errors import UserError
+
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
 def test_defaults_round_trip():
@@ -70,6 +75,14 @@ def test_a_typo_in_a_file_is_an_error():
     ({"dtype": {"compute": "float16"}}, "must be one of"),
     ({"vae": {"sequential": "no"}}, "one of 'videos', 'always', 'never'"),
     ({"vae": {"tiling": -8}}, "vae.tiling must be at least 0"),
+    ({"sampling": {"guidance_scale": 0}}, "1 is without guidance .*; got 0"),
+    ({"sampling": {"guidance_scale": math.nan}}, "positive.*; got nan"),
+    (
+      {"sampling": {"embedded_guidance": -1}},
+      r"embedded_guidance must be in \[0",
+    ),
+    ({"advantage": {"ddof": 8}}, "less than config.batch.group_size=8"),
+    ({"pipeline": {"reward_timeout": -1}}, r"reward_timeout must be in \[0"),
   ],
 )
 def test_bad_values_say_what_is_wrong(values, words):
@@ -88,3 +101,14 @@ def test_integers_stand_for_floats():
   config = from_config_dict({"train": {"learning_rate": 1}})
   assert config.train.learning_rate == 1.0
   assert isinstance(config.train.learning_rate, float)
+
+
+@pytest.mark.parametrize(
+  "file", sorted(CONFIGS.glob("*.py")), ids=lambda f: f.stem
+)
+def test_every_config_is_one(file):
+  module = importlib.import_module(f"configs.{file.stem}")
+  if hasattr(module, "get_config") and "pretrain" not in file.stem:
+    config = from_config_dict(module.get_config())
+    assert config.steps > 0
+    assert workload(config).samples >= 64

@@ -14,6 +14,7 @@ from digen_jax.media import (
   save_images,
   save_video,
   to_uint8,
+  video_grid,
 )
 
 COLORS = np.random.default_rng(0).integers(0, 256, (16, 3)).astype(np.uint8)
@@ -160,6 +161,21 @@ def test_a_video_is_written_and_read_back(tmp_path):
   assert [frame.shape for frame in frames] == [(18, 32, 3)] * 5
   means = [frame.mean() / 255 for frame in frames]
   np.testing.assert_allclose(means, levels, atol=0.02)
+
+
+def test_large_pictures_are_shown_smaller():
+  wide, high = np.zeros((100, 2100, 3)), np.zeros((1100, 60, 3))
+  frame = 40  # gaps and captions, at most
+  assert 0 <= image_grid([wide]).size[0] - 2100 // 3 < frame
+  assert 0 <= image_grid([high]).size[1] - 1100 // 3 < frame
+  assert image_grid([wide], scale=2).size[0] > 2 * 2100
+
+
+def test_a_grid_of_videos_has_its_frames_in_order():
+  levels = np.arange(3, dtype=np.uint8)[:, None, None, None]
+  videos = np.stack([levels + np.zeros((3, 200, 200, 3), np.uint8)] * 2)
+  frames = list(video_grid(videos, ["a", "b"]))
+  assert [frame[50, 50, 0] for frame in frames] == [0, 1, 2]
 
 
 def test_a_video_in_a_picture_is_its_first_middle_and_last_frame():

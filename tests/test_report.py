@@ -7,11 +7,12 @@ from xml.etree import ElementTree
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from digen_jax.errors import UserError
 from digen_jax.media import image_grid, save_image
 from digen_jax.report import write_report
-from digen_jax.run_record import POINTS, curve, smooth
+from digen_jax.run_record import POINTS, curve, load_run, smooth, splits
 from digen_jax.svg import Series, lanes_chart, line_chart, number, ticks
 from digen_jax.timeline import Span, write_trace
 
@@ -180,9 +181,9 @@ def test_pictures_before_and_after(workdir):
 
 
 def test_a_large_picture_is_embedded_smaller(workdir):
-  noise = np.random.default_rng(0).random((1, 1000, 2000, 3))
+  noise = np.random.default_rng(0).integers(0, 256, (1000, 2000, 3), np.uint8)
   path = workdir / "samples" / "step_000012.png"
-  save_image(path, image_grid(noise, scale=1))
+  save_image(path, Image.fromarray(noise))
   assert path.stat().st_size > 5_000_000
   page = report(workdir)
   assert sum("image/jpeg" in s for s in page.attributes("img", "src")) == 1
@@ -263,6 +264,20 @@ def test_of_one_step_without_numbers(tmp_path):
     '[{"step": 0, "reward_mean": NaN}, {"step": 1, "reward_mean": 0.5}]'
   )
   assert "NaN" not in report(tmp_path).html
+
+
+def test_a_curve_ends_where_evaluations_do_not_compare(tmp_path):
+  row = {"split": "held_out", "reward_mean": 0.5}
+  found = [
+    {**row, "step": step, "setting": setting}
+    for step, setting in ((0, "a"), (2, "a"), (4, "b"), (6, "b"))
+  ]
+  (tmp_path / "evaluation.json").write_text(json.dumps(found))
+  curves = splits(load_run(tmp_path))
+  assert curves == {
+    "held-out": [(0, 0.5), (2, 0.5)],
+    "held-out (2)": [(4, 0.5), (6, 0.5)],
+  }
 
 
 def test_of_no_directory(tmp_path):

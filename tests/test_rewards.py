@@ -1,11 +1,14 @@
 import asyncio
 import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from digen_jax import evaluation, rewards
+from digen_jax.config import from_config_dict
 from digen_jax.data import scenes
 from digen_jax.data.scenes import Object, Scene
 from digen_jax.errors import UserError
@@ -236,6 +239,35 @@ def test_coroutine_functions_also_inside_a_running_loop():
   np.testing.assert_array_equal(asyncio.run(inside()), [3, 3, 5])
 
 
+def test_coroutines_of_all_calls_share_a_loop():
+  loops = []
+
+  async def reward(images, prompts):
+    loops.append(asyncio.get_running_loop())
+    return [0.0] * len(prompts)
+
+  with ThreadPoolExecutor(2) as threads:
+    for call in [threads.submit(run, reward) for _ in range(3)]:
+      call.result()
+  assert len(set(loops)) == 1
+  assert not loops[0].is_closed()
+
+
+def test_a_reward_that_does_not_answer_is_given_up():
+  hung = threading.Event()
+
+  def reward(images, prompts):
+    hung.wait(20)
+    return [1.0] * len(prompts)
+
+  composite = compose(reward, timeout=0.05)
+  with pytest.raises(UserError, match=r"not answered for 0.05 s .* is up, or"):
+    composite.score(np.zeros((1, 4, 4, 3), np.float32), ["a"])
+  hung.set()
+  found = compose(reward, timeout=5.0).score(np.zeros((1, 4, 4, 3)), ["a"])
+  assert found.total == [1.0]
+
+
 @pytest.mark.parametrize(
   ("answer", "message"),
   [
@@ -367,3 +399,15 @@ def test_evaluations_are_scored_in_slices(most, size, monkeypatch):
   expected = images.astype(np.float32).mean((1, 2, 3)) / 255 + np.arange(19)
   np.testing.assert_allclose(found.parts["brightness"], expected, rtol=1e-6)
   np.testing.assert_allclose(found.rewards, expected / 2, rtol=1e-6)
+
+
+def test_evaluations_of_another_reward_or_other_prompts_do_not_compare():
+  config = from_config_dict({"reward": "shapes"})
+  same = evaluation.setting(config, ["a red circle"])
+  assert evaluation.setting(
+    from_config_dict({"reward": "shapes", "seed": 3}), ["a red circle"]
+  ) == (same)
+  assert evaluation.setting(config, ["a blue circle"]) != same
+  for changes in ({"reward": "shapes_count"}, {"eval": {"num_steps": 7}}):
+    other = from_config_dict({"reward": "shapes", **changes})
+    assert evaluation.setting(other, ["a red circle"]) != same

@@ -253,7 +253,13 @@ def test_pipeline_config(pipeline):
     assert part in str(error.value)
   assert "text_encoder_3" not in str(error.value)
   assert "vae" not in str(error.value).replace(str(pipeline), "")
-  (pipeline / "vae" / FILE).unlink()
+  weights = pipeline / "vae" / FILE
+  weights = weights.rename(weights.with_suffix(".fp16.safetensors"))
+  with pytest.raises(
+    UserError, match=r"variant vae/.*\.fp16\.saf.*: rename it"
+  ):
+    load.load_pipeline_config(pipeline, parts)
+  weights.unlink()
   with pytest.raises(UserError, match=rf"lacks vae/{FILE}"):
     load.load_pipeline_config(pipeline, parts)
   (pipeline / "model_index.json").write_text('{"_class_name": "NoPipeline"}')

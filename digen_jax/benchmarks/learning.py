@@ -87,7 +87,7 @@ def run(
   for name, switches in VARIANTS.items():
     rewards, stale = [], []
     for seed in seeds:
-      folder = Path(workdir) / f"{_slug(name)}-seed{seed}"
+      folder = Path(workdir) / f"{_slug(name)}-{steps}-seed{seed}"
       _train(folder, config, steps, seed, switches)
       rows = json.loads((folder / "evaluation.json").read_text())
       rewards.append([row["reward_mean"] for row in rows])

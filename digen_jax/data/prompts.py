@@ -62,6 +62,7 @@ def _decode(line: bytes, where: str) -> str:
 def _prompt_of_json(text: str, where: str) -> str:
   try:
     prompt = json.loads(text)["prompt"].strip()
+    prompt.encode()  # "\ud83d" alone is JSON and no text
   except (ValueError, TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f'{where} is not a JSON object with a string "prompt": write e.g. '

@@ -121,6 +121,12 @@ def load_tokenizer(directory: Path, class_name: str, rows: int) -> Tokenizer:
     tokenizer = cls.from_pretrained(directory, local_files_only=True)
   # transformers and tokenizers raise whatever a damaged file leads them to.
   except Exception as error:
+    if not (directory / "tokenizer.json").exists():
+      raise UserError(
+        f"cannot read the {class_name} in {directory}: it has no tokenizer.json, "
+        "and its other files need a package (pip install sentencepiece) or are "
+        "damaged; transformers' AutoTokenizer can save the one that is missing"
+      ) from error
     reason = " ".join(str(error).split())
     raise UserError(
       f"cannot read the {class_name} in {directory} ({reason}); copy it again"

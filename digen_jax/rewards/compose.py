@@ -25,10 +25,17 @@ class Scores:
 
 @dataclasses.dataclass(frozen=True)
 class Composite:
-  """Rewards and their weights, in a fixed order."""
+  """Rewards and their weights, in a fixed order.
+
+  Attributes:
+    rewards: the functions.
+    weights: one for each.
+    timeout: seconds that a call may take; 0 sets no limit.
+  """
 
   rewards: tuple[Reward, ...]
   weights: tuple[float, ...]
+  timeout: float = 0.0
 
   def check(self, prompts: Iterable[str]) -> None:
     """Raises UserError where a reward cannot read one of the prompts."""
@@ -39,7 +46,9 @@ class Composite:
 
   def score(self, images: np.ndarray, prompts: list[str]) -> Scores:
     """Scores N images; arguments and errors as in `protocol.score`."""
-    parts = {r.name: score(r, images, prompts) for r in self.rewards}
+    parts = {
+      r.name: score(r, images, prompts, self.timeout) for r in self.rewards
+    }
     total = np.zeros(len(prompts), np.float32)
     for weight, values in zip(self.weights, parts.values()):
       total += np.float32(weight) * values
@@ -81,8 +90,13 @@ def compose(
   | Reward
   | Mapping[str, float]
   | Sequence[tuple[str | Callable | Reward, float]],
+  timeout: float = 0.0,
 ) -> Composite:
   """One reward, or several as {spec: weight} or (spec, weight) pairs.
+
+  Args:
+    rewards: what to compose.
+    timeout: seconds that a call may take; 0 sets no limit.
 
   Raises:
     UserError: no reward, a spec that `resolve_reward` refuses, two of the
@@ -106,4 +120,5 @@ def compose(
   for name in names:
     if names.count(name) > 1:
       raise UserError(f'reward "{name}" is given twice: add up its weights')
-  return Composite(resolved, tuple(float(weight) for _, weight in rewards))
+  weights = tuple(float(weight) for _, weight in rewards)
+  return Composite(resolved, weights, timeout)

@@ -8,7 +8,10 @@ A reward is a function `(images, prompts) -> rewards`:
   prompts: list of N strings.
   rewards: N finite real numbers, as anything NumPy can read; higher is better.
 
-It may be a coroutine function (`async def`), e.g. to ask a server. In a
+It may be a coroutine function (`async def`), e.g. to ask a server: all of them
+run in one event loop, so that a client may outlive a call. Others are called
+from several threads at once (`config.pipeline.reward_slots`; 1 for functions
+that cannot bear it). In a
 configuration it is named by a built-in name, "path/to/file.py:function" or
 "package.module:function".
 """
@@ -17,13 +20,16 @@ import asyncio
 import concurrent.futures
 import dataclasses
 import difflib
+import functools
 import hashlib
 import importlib
 import importlib.util
 import inspect
 import pathlib
 import sys
+import threading
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -134,7 +140,12 @@ def _import(source: str, spec: str):  # noqa: ANN202
     ) from error
 
 
-def score(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
+def score(
+  reward: Reward,
+  images: np.ndarray,
+  prompts: list[str],
+  timeout: float = 0.0,
+) -> np.ndarray:
   """Runs a reward on N images and checks its answer.
 
   Args:
@@ -142,24 +153,34 @@ def score(reward: Reward, images: np.ndarray, prompts: list[str]) -> np.ndarray:
     images: [N, H, W, 3] or [N, T, H, W, 3], float32 in [0, 1] or uint8; the
       reward sees float32 in [0, 1], or PIL images (`takes_pil`).
     prompts: N strings.
+    timeout: seconds after which it is given up; 0 waits for ever.
 
   Returns:
     [N] float32, finite.
 
   Raises:
     UserError: the reward raised, or answered with the wrong length, with
-      something that is not numbers, or with NaN or infinity; or it takes PIL
-      images and there are videos.
+      something that is not numbers, or with NaN or infinity, or not in time;
+      or it takes PIL images and there are videos.
   """
   if len(images) != len(prompts):
     raise UserError(
       f'reward "{reward.name}" was given {len(images)} images and '
       f"{len(prompts)} prompts: give one prompt per image"
     )
-  try:
+
+  def call() -> Any:
     answer = reward.function(_as_taken(reward, images), list(prompts))
-    if inspect.isawaitable(answer):
-      answer = _wait(answer)
+    return _wait(answer) if inspect.isawaitable(answer) else answer
+
+  try:
+    answer = _within(timeout, call) if timeout else call()
+  except _TooLate as error:
+    raise UserError(
+      f'reward "{reward.name}" has not answered for {timeout:g} s on a batch '
+      f"of {len(prompts)} samples that starts with prompt {_first(prompts)}: "
+      "see whether what it asks is up, or raise config.pipeline.reward_timeout"
+    ) from error
   except UserError:
     raise
   except Exception as error:
@@ -228,11 +249,38 @@ def _describe(error: Exception) -> str:
   return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _wait(awaitable):  # noqa: ANN001, ANN202
-  """Runs an awaitable to its end, also where an event loop already runs."""
+def _wait(awaitable: Any) -> Any:
+  """Runs an awaitable to its end in the loop of all rewards."""
 
-  async def main():  # noqa: ANN202
+  async def main() -> Any:
     return await awaitable
 
-  with concurrent.futures.ThreadPoolExecutor(1) as pool:
-    return pool.submit(asyncio.run, main()).result()
+  return asyncio.run_coroutine_threadsafe(main(), _loop()).result()
+
+
+@functools.cache
+def _loop() -> asyncio.AbstractEventLoop:
+  """One for the process: a client of `httpx` is bound to the loop it began in."""
+  loop = asyncio.new_event_loop()
+  threading.Thread(target=loop.run_forever, name="rewards", daemon=True).start()
+  return loop
+
+
+class _TooLate(Exception):
+  """A call has not ended in time."""
+
+
+def _within(seconds: float, call: Callable[[], Any]) -> Any:
+  """What `call()` gives; its thread is left behind if that takes longer."""
+  answer: concurrent.futures.Future = concurrent.futures.Future()
+
+  def run() -> None:
+    try:
+      answer.set_result(call())
+    except BaseException as error:  # to be raised where it is waited for
+      answer.set_exception(error)
+
+  threading.Thread(target=run, name="reward call", daemon=True).start()
+  if not concurrent.futures.wait([answer], seconds).done:
+    raise _TooLate
+  return answer.result()

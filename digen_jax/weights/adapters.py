@@ -106,12 +106,19 @@ def read_adapter_file(path: str | Path) -> AdapterFile:
       f"directory of a {FILE}"
     )
   tensors = safetensors.read_header(file)
+  if others := [name for name in tensors if name.startswith("text_encoder")]:
+    raise UserError(
+      f"{file} also adapts a text encoder ({others[0]}), which is not "
+      "supported: save its transformer's adapters alone (save_lora_weights "
+      "with transformer_lora_layers and transformer_lora_adapter_metadata)"
+    )
   for name, tensor in tensors.items():
     if not KEY.fullmatch(name) or len(tensor.shape) != 2:
       raise UserError(
         f"tensor {name!r} in {file} is not in diffusers' portable form "
         f"({PREFIX}MODULE.lora_A.weight and .lora_B.weight, alpha folded in); "
-        "load the file with diffusers and save it with save_lora_weights"
+        "load the file with diffusers and save it with save_lora_weights "
+        "(transformer_lora_adapter_metadata keeps alpha)"
       )
   ranks = sorted(
     {t.shape[0 if "lora_A" in name else -1] for name, t in tensors.items()}
@@ -205,6 +212,11 @@ def find_targets(model: Model, found: AdapterFile) -> tuple[str, ...]:
   targets, known = [], set()
   for path, modules in _linear_layers(model):
     if any(module in found.modules for module in modules):
+      if left := [module for module in modules if module not in found.modules]:
+        raise UserError(
+          f"{found.file} adapts some layers of a stack but not {_some(left)}: "
+          "only files that adapt a kind of layer in all blocks are supported"
+        )
       targets.append(f"^{re.escape(path)}$")
       known.update(modules)
   if unknown := [m for m in found.modules if m not in known]:

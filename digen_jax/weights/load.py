@@ -120,6 +120,18 @@ def load_pipeline_config(
     if not any((path / component / file).exists() for file in choices)
   ]
   if missing:
+    variants = [
+      str(file.relative_to(path))
+      for component in components
+      for stem in safetensors.STEMS
+      for file in sorted((path / component).glob(f"{stem}.*.safetensors"))
+    ]
+    if variants:
+      raise UserError(
+        f"{path} lacks {', '.join(missing)} and has the variant {variants[0]}: "
+        "rename it (without the word in the middle), or save the pipeline "
+        "without variant="
+      )
     raise UserError(
       f"{path} lacks {', '.join(missing)}; copy the missing files from the "
       "checkpoint's source, or save the whole pipeline again with diffusers' "
