@@ -369,12 +369,21 @@ def test_what_lies_beside_the_components_is_not_the_checkpoint(pipeline):
     (pipeline / name).mkdir()
     (pipeline / name / "config.json").write_text("{}")
     (pipeline / name / "x.safetensors").write_bytes(b"1")
+  for name in (
+    "flux1-dev.safetensors",
+    "notes.json",
+    f"vae/{FILE.replace('.', '.fp16.')}",
+    f"vae/{FILE}.index.fp16.json",
+    "transformer/single_file.safetensors",
+    "transformer/.cache.json",
+  ):
+    (pipeline / name).write_text("{}")
   assert load.fingerprint(pipeline) == before
-  for file in ("vae/config.json", "model_index.json"):
-    content = (pipeline / file).read_text()
-    (pipeline / file).write_text(content + "\n")
+  for file in ("vae/config.json", f"vae/{FILE}", "model_index.json"):
+    content = (pipeline / file).read_bytes()
+    (pipeline / file).write_bytes(content + b"\n")
     assert load.fingerprint(pipeline) != before
-    (pipeline / file).write_text(content)
+    (pipeline / file).write_bytes(content)
   (pipeline / "text_encoder").mkdir()  # in the index
   (pipeline / "text_encoder" / "model.safetensors").write_bytes(b"1")
   assert load.fingerprint(pipeline) != before
