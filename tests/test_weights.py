@@ -347,10 +347,25 @@ def test_autoencoder_round_trip(tmp_path):
 def test_pipeline_export_replaces_the_transformer_alone(pipeline, tmp_path):
   params = jax.tree.map(lambda x: x * 2, load.load_model(pipeline).params)
   out = tmp_path / "deep" / "out"
+  (pipeline / "README.md").write_text("# A pipeline")
+  (pipeline / "LICENSE").write_text("free")
+  (pipeline / "tokenizer_2" / "templates").mkdir(parents=True)
+  (pipeline / "tokenizer_2" / "templates" / "one.jinja").write_text("{}")
+  wanted = sorted(p.relative_to(pipeline) for p in pipeline.rglob("*"))
+  for name in (
+    "flux1-dev.safetensors",
+    ".git/HEAD",
+    ".gitattributes",
+    "run/config.json",
+    f"vae/{FILE.replace('.', '.fp16.')}",
+    "vae/diffusion_pytorch_model.bin",
+    "transformer/single_file.safetensors",
+  ):
+    (pipeline / name).parent.mkdir(exist_ok=True)
+    (pipeline / name).write_text("{}")
+  (pipeline / "log.txt").write_bytes(bytes(2**20 + 1))
   export.export_pipeline(pipeline, out, params)
-  assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
-    p.relative_to(pipeline) for p in pipeline.rglob("*")
-  )
+  assert sorted(p.relative_to(out) for p in out.rglob("*")) == wanted
   assert (out / "vae" / FILE).read_bytes() == (
     pipeline / "vae" / FILE
   ).read_bytes()

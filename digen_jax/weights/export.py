@@ -24,13 +24,18 @@ from digen_jax.models import lora
 from digen_jax.models.layers import Params
 from digen_jax.weights import names
 from digen_jax.weights.load import (
+  component_folders,
   load_pipeline_config,
   module_directory,
   read_json,
 )
+from digen_jax.weights.safetensors import component_files
 
 FILE_STEM = "diffusion_pytorch_model"
 MAX_SHARD_BYTES = 5 * 2**30
+# Of what lies beside the components, README and licence go with an export.
+TEXTS = ("", ".md", ".txt")
+MAX_TEXT_BYTES = 2**20
 
 
 def save_module(
@@ -69,7 +74,8 @@ def export_pipeline(
   """Writes a pipeline: `source` with another transformer.
 
   Args:
-    source: a diffusers pipeline directory; its other components are copied.
+    source: a diffusers pipeline directory; its other components are copied,
+      without weights in other precisions or formats.
     directory: must be new or empty.
     params: of the transformer, placed anywhere.
     dtype: of the transformer's file; None means each parameter's own.
@@ -82,14 +88,7 @@ def export_pipeline(
   source = load_pipeline_config(source, ("transformer",)).path
   config = read_json(module_directory(source, "transformer") / "config.json")
   with fresh_directory(directory) as temporary:
-    shutil.copytree(
-      source,
-      temporary,
-      dirs_exist_ok=True,
-      ignore=lambda folder, _: (
-        ["transformer"] if Path(folder) == source else []
-      ),
-    )
+    _copy_pipeline(source, temporary)
     (temporary / "transformer").mkdir()
     _write_module(
       temporary / "transformer", params, config, dtype, MAX_SHARD_BYTES, alpha
@@ -129,6 +128,22 @@ def fresh_directory(directory: str | Path) -> Iterator[Path]:
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
     raise
+
+
+def _copy_pipeline(source: Path, target: Path) -> None:
+  """The index, README and licence, and every component but the transformer."""
+  for file in source.iterdir():
+    text = file.suffix in TEXTS and file.name[0] != "." and file.is_file()
+    small = text and file.stat().st_size <= MAX_TEXT_BYTES
+    if small or file.name == "model_index.json":
+      shutil.copy(file, target)
+  for folder in component_folders(source):
+    if folder.name == "transformer":
+      continue
+    (target / folder.name).mkdir()
+    for file in component_files(folder):
+      copy = shutil.copytree if file.is_dir() else shutil.copy
+      copy(file, target / folder.name / file.name)
 
 
 def _write_module(
