@@ -28,9 +28,20 @@ from digen_jax.models.published import recognise
 from digen_jax.policy import denoise as denoise_with
 from digen_jax.policy import still
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.runs import check_policy, is_run, open_policy, read_config
+from digen_jax.runs import (
+  check_policy,
+  is_run,
+  open_policy,
+  read_config,
+  read_trained,
+)
 from digen_jax.types import Conditioning
-from digen_jax.weights.adapters import FILE, save_adapters, train_settings
+from digen_jax.weights.adapters import (
+  FILE,
+  merge_pipeline,
+  save_adapters,
+  train_settings,
+)
 from digen_jax.weights.export import check_fresh, export_pipeline
 
 GRID = 64  # samples the overview picture shows at most
@@ -282,7 +293,9 @@ def export_run(
     run: directory of the run.
     out: directory to write; must not exist or be empty.
     form: "lora", the adapters as one file; "pipeline", a whole pipeline, with
-      adapters folded in; None, "lora" where adapters were trained.
+      adapters folded in (in the dtypes of the checkpoint that they adapt; if
+      every parameter was trained, in float32); None, "lora" where adapters
+      were trained.
 
   Returns:
     What was written and how diffusers loads it, one line.
@@ -299,17 +312,18 @@ def export_run(
       "--format=pipeline"
     )
   check_fresh(out)
-  policy = open_policy(run, samples=False)
-  params = join(policy.trainable, policy.assembly.weights.frozen)
+  model, alpha = read_trained(run), config.train.lora_alpha
   if form == "lora":
-    name = policy.assembly.model.family.class_name
-    count = save_adapters(out, params, name, alpha=config.train.lora_alpha)
+    name = model.family.class_name
+    count = save_adapters(out, model.params, name, alpha=alpha)
     return (
       f"wrote {Path(out) / FILE}, adapters of {count} layers; in diffusers: "
       f"pipe.load_lora_weights({str(out)!r})"
     )
-  alpha = config.train.lora_alpha if adapted else None
-  export_pipeline(config.checkpoint, out, params, alpha=alpha)
+  if adapted:
+    merge_pipeline(config.checkpoint, out, model.params, alpha=alpha)
+  else:
+    export_pipeline(config.checkpoint, out, model.params)
   return (
     f"wrote {out}; in diffusers: "
     f"DiffusionPipeline.from_pretrained({str(out)!r})"
