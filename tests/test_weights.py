@@ -502,6 +502,24 @@ def test_failed_export_leaves_nothing(pipeline, tmp_path):
   assert list((tmp_path / "new").iterdir()) == []
 
 
+def test_where_an_export_can_be_written(tmp_path, monkeypatch):
+  """Through links, into what is empty; a mount point shows at once."""
+  (tmp_path / "disk" / "empty").mkdir(parents=True)
+  for name, target in (("link", "disk/empty"), ("dangling", "disk/new")):
+    (tmp_path / name).symlink_to(target)
+    with export.fresh_directory(tmp_path / name) as temporary:
+      (temporary / "file").touch()
+    assert (tmp_path / name).is_symlink()
+    assert (tmp_path / target / "file").exists()
+  assert len(list((tmp_path / "disk").iterdir())) == 2
+  (tmp_path / "mounted").mkdir()
+  mounts = [tmp_path / "mounted"]
+  monkeypatch.setattr(Path, "is_mount", lambda path: path in mounts)
+  with pytest.raises(UserError, match=r"mount point.*directory inside it"):
+    export.check_fresh(tmp_path / "mounted")
+  export.check_fresh(tmp_path / "mounted" / "export")
+
+
 def write_case(directory, outputs, inputs):
   np.savez(directory / "inputs.npz", **inputs)
   np.savez(directory / "outputs.npz", **outputs)

@@ -120,8 +120,13 @@ def write_pipeline(
 
 
 def check_fresh(directory: str | Path) -> None:
-  """Raises UserError unless a directory is missing or empty."""
-  directory = Path(directory).absolute()
+  """Raises UserError unless a directory is missing, or empty and can go."""
+  directory = Path(directory).resolve()
+  if directory.is_mount():
+    raise UserError(
+      f"{directory} is a mount point, which cannot be replaced; name a "
+      f"directory inside it, e.g. {directory / 'export'}"
+    )
   if directory.exists() and (
     not directory.is_dir() or any(directory.iterdir())
   ):
@@ -134,11 +139,14 @@ def check_fresh(directory: str | Path) -> None:
 def fresh_directory(directory: str | Path) -> Iterator[Path]:
   """A temporary directory that becomes `directory` if the block succeeds.
 
+  Of a symbolic link, what it points to is made.
+
   Raises:
-    UserError: `directory` exists and is not an empty directory.
+    UserError: `directory` exists and is not an empty directory, or is a mount
+      point.
   """
-  directory = Path(directory).absolute()
   check_fresh(directory)
+  directory = Path(directory).resolve()
   directory.parent.mkdir(parents=True, exist_ok=True)
   temporary = Path(
     tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent)
@@ -146,8 +154,6 @@ def fresh_directory(directory: str | Path) -> Iterator[Path]:
   try:
     yield temporary
     temporary.chmod(0o755)
-    if directory.exists():
-      directory.rmdir()
     os.replace(temporary, directory)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
