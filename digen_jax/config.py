@@ -243,7 +243,9 @@ class Config:
   Attributes:
     seed: everything random follows from it; from 0 to 2**32 - 1.
     steps: global steps.
-    checkpoint: a diffusers pipeline directory, or its id on the hub.
+    checkpoint: a diffusers pipeline directory, or its id on the hub,
+      "owner/name" or "owner/name@revision"; a run keeps to the commit that it
+      began with.
     prompts: training prompts, one per line.
     embeddings: directory of prompt embeddings, made by
       `launch/encode_prompts.py` or by a run; what it lacks is added. Empty
