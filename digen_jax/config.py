@@ -248,8 +248,8 @@ class Config:
       began with.
     prompts: training prompts, one per line.
     embeddings: directory of prompt embeddings, made by
-      `launch/encode_prompts.py` or by a run; what it lacks is added. Empty
-      means one in the run's directory.
+      `launch/encode_prompts.py` or by a run; what it lacks is added, in
+      training alone. Empty means one in the run's directory.
     reward: what is optimised, as `rewards.compose.parse` reads it: "shapes",
       "0.7*shapes + 0.3*path/to/file.py:function".
     eval_every: global steps between evaluations; 0 means first and last.

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from digen_jax.data import embeddings
-from digen_jax.data.embeddings import cached_embeddings
+from digen_jax.data.embeddings import cached_embeddings, known_embeddings
 from digen_jax.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from digen_jax.errors import UserError
 from digen_jax.weights.safetensors import read_header
@@ -154,6 +154,28 @@ def test_sets_of_others_are_refused(pipeline, encoder, tmp_path, encoded):
   refused(load_prompt_encoder(directory), "text encoders or tokenizers are")
   assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
   assert encoded == [5]
+
+
+def test_a_set_that_is_only_read(pipeline, encoder, tmp_path, encoded):
+  """What it does not have, or has otherwise, is encoded and not kept."""
+  folder = tmp_path / "set"
+  assert_same(
+    known_embeddings(encoder, PROMPTS[:2], folder), encoder.encode(PROMPTS[:2])
+  )
+  assert not folder.exists()
+  cached_embeddings(encoder, PROMPTS[:3], folder)
+  before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+  encoded.clear()
+  found = known_embeddings(encoder, PROMPTS[:3], folder)
+  assert encoded == []
+  assert_same(found, encoder.encode(PROMPTS[:3]))
+  rounded = load_prompt_encoder(pipeline, dtype=jnp.bfloat16)
+  encoded.clear()
+  for other, prompts in ((encoder, PROMPTS), (rounded, PROMPTS[:3])):
+    found = known_embeddings(other, prompts, folder)
+    assert encoded.pop() == len(prompts)
+    assert_same(found, other.encode(prompts))
+  assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
 
 
 def test_directories_that_are_no_set(encoder, tmp_path):

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from digen_jax import assemble, assets, jobs
+from digen_jax import assemble, assets, jobs, runs
 from digen_jax.errors import UserError
 from digen_jax.models import lora, published
 from digen_jax.weights import load
@@ -130,6 +130,24 @@ def test_text_encoders_are_read_once_and_before_the_denoiser(
   assert opened == ["load_prompt_encoder", "load_model"]
   said = "sampled as small: 2 steps, guidance 2, 16x16; flags change it\n"
   assert capsys.readouterr().out == said
+
+
+def test_only_training_adds_to_a_set_of_embeddings(tmp_path):
+  folder = tmp_path / "set"
+
+  def embedder(dtype, keep=None):
+    plan = runs.check_policy(FLUX, SMALL | {"dtype": {"compute": dtype}})
+    config = dataclasses.replace(plan.config, embeddings=str(folder))
+    return assemble.embedder(dataclasses.replace(plan, config=config), keep)
+
+  embedder("float32", tmp_path / "run")(["a red circle"])
+  before = {f: f.read_bytes() for f in folder.iterdir()}
+  assert len(before) == 2
+  for dtype in ("float32", "bfloat16"):  # the set is in float32
+    found = embedder(dtype)(["a red circle", "two squares"])
+    assert found.text.dtype == dtype
+  assert {f: f.read_bytes() for f in folder.iterdir()} == before
+  assert not (tmp_path / "run").exists()
 
 
 def test_recorded_inputs_with_adapters(tmp_path):

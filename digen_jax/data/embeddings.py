@@ -184,6 +184,32 @@ def cached_embeddings(
   return _gather([known[prompt] for prompt in prompts], encoder.dtype)
 
 
+def known_embeddings(
+  encoder: PromptEncoder, prompts: Sequence[str], directory: str | Path
+) -> Conditioning:
+  """`encoder.encode(prompts)`, read from a set on disk that has them.
+
+  Nothing is written: what the set lacks, or a set that was made differently,
+  is encoded here and not kept.
+
+  Args:
+    encoder: from `load_prompt_encoder`.
+    prompts: B texts.
+    directory: of the set; may be missing.
+
+  Raises:
+    UserError: no prompts, or weights or a record that cannot be read.
+  """
+  directory = Path(directory)
+  manifest = directory / MANIFEST
+  if manifest.exists():
+    same = read_json(manifest).get("fingerprint") == encoder.fingerprint
+    known = read_set(directory) if same else {}
+    if prompts and all(prompt in known for prompt in prompts):
+      return _gather([known[prompt] for prompt in prompts], encoder.dtype)
+  return encoder.encode(prompts)
+
+
 def check_set(encoder: PromptEncoder, directory: Path) -> None:
   """Raises UserError where a directory cannot be a set of this encoder's."""
   if not directory.exists():
