@@ -178,6 +178,34 @@ def test_a_set_that_is_only_read(pipeline, encoder, tmp_path, encoded):
   assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
 
 
+def test_another_writer_was_quicker(pipeline, encoder, tmp_path, monkeypatch):
+  """Both have seen no set; the one that comes second does not mix them."""
+  rounded = load_prompt_encoder(pipeline, dtype=jnp.bfloat16, batch_size=2)
+  encode = PromptEncoder.encode_tokens
+
+  def be_late(self, tokens, rows):
+    monkeypatch.setattr(PromptEncoder, "encode_tokens", encode)
+    cached_embeddings(encoder, PROMPTS[:2], tmp_path / "set")
+    yield from encode(self, tokens, rows)
+
+  monkeypatch.setattr(PromptEncoder, "encode_tokens", be_late)
+  with pytest.raises(UserError, match="made differently: dtype is 'float32'"):
+    cached_embeddings(rounded, PROMPTS[:2], tmp_path / "set")
+  # Even if it had been at the same moment: neither takes the other's.
+  embeddings._encode_missing(
+    encoder, PROMPTS[2:4], np.arange(2), tmp_path / "set", None
+  )
+  monkeypatch.setattr(embeddings, "check_set", lambda *_: None)
+  embeddings._encode_missing(
+    rounded, PROMPTS[2:4], np.arange(2), tmp_path / "set", None
+  )
+  assert len(batches(tmp_path / "set")) == 3
+  for one, prompts in ((encoder, PROMPTS[:4]), (rounded, PROMPTS[2:4])):
+    known = embeddings.read_set(tmp_path / "set", one.fingerprint)
+    assert set(known) == set(prompts)
+    assert {found.text.dtype for found in known.values()} == {one.dtype}
+
+
 def test_directories_that_are_no_set(encoder, tmp_path):
   with pytest.raises(UserError, match="no prompts to encode"):
     cached_embeddings(encoder, [], tmp_path)
@@ -212,9 +240,9 @@ from digen_jax.launching import run_main
 
 write, calls = embeddings.save_file, []
 
-def save_file(tensors, path):
+def save_file(tensors, path, metadata):
   calls.append(path)
-  write(tensors, path)
+  write(tensors, path, metadata)
   if len(calls) == 3:
     os.truncate(path, 100)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -237,7 +265,7 @@ def test_launch_script_goes_on_where_it_was_killed(pipeline, tmp_path, encoder):
   ]
   killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT)
   assert killed.returncode == -signal.SIGKILL
-  assert len(embeddings.read_set(folder)) == 4
+  assert len(embeddings.read_set(folder, encoder.fingerprint)) == 4
   kept = {f: f.stat().st_mtime_ns for f in batches(folder)}
   script = ROOT / "launch" / "encode_prompts.py"
   done = subprocess.run(
