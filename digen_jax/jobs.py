@@ -1,9 +1,10 @@
 """What the launch scripts beside train.py do: sample, evaluate, export."""
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from digen_jax.data.recorded import read_recorded
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
+from digen_jax.metrics import pace_reporter
 from digen_jax.models.published import recognise
 from digen_jax.policy import denoise as denoise_with
 from digen_jax.policy import still
@@ -57,7 +59,9 @@ def sample_prompts(
   samples_per_prompt: int,
   lora: str | Path | None = None,
 ) -> int:
-  """Writes one PNG per sample, `grid.png` and `samples.jsonl`.
+  """Writes a picture or video per sample, `grid.png` and `samples.jsonl`.
+
+  Each is written as soon as its batch is made, with a line of `samples.jsonl`.
 
   Args:
     checkpoint: pipeline directory, or run.
@@ -80,21 +84,45 @@ def sample_prompts(
   out = _directory(out)
   if not is_run(checkpoint):
     _say_settings(plan)
+  distinct = list(dict.fromkeys(texts))
+  place = {text: row for row, text in enumerate(distinct)}
   texts = [text for text in texts for _ in range(samples_per_prompt)]
   # Before the denoiser is read: text encoders need not fit beside it.
-  conditioning, negative = _encode(plan, texts)
+  conditioning, negative = _encode(plan, distinct)
   policy = open_policy(checkpoint, overrides)
-  images = policy.sampler()(policy.trainable, conditioning, negative, seed)
-  rows = []
-  fps = policy.assembly.config.eval.fps
-  for i, (text, image) in enumerate(zip(texts, images)):
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-    file = _save(out / f"{i:05d}-{slug}", image, fps)
-    rows.append({"file": file, "prompt": text, "seed": seed, "index": i})
-  lines = "".join(json.dumps(row) + "\n" for row in rows)
-  (out / "samples.jsonl").write_text(lines)
-  media.image_grid(images[:GRID], labels=texts[:GRID]).save(out / "grid.png")
-  return len(images)
+  batches = policy.sampler().batches(
+    policy.trainable,
+    conditioning,
+    negative,
+    seed,
+    rows=np.array([place[text] for text in texts]),
+  )
+  samples = itertools.chain.from_iterable(batches)
+  _write_samples(out, samples, texts, seed, plan.config.eval.fps)
+  return len(texts)
+
+
+def _write_samples(
+  out: Path,
+  samples: Iterable[np.ndarray],
+  texts: Sequence[str],
+  seed: int,
+  fps: int,
+) -> None:
+  """Writes what comes, as it comes; see `sample_prompts`."""
+  shown: list[np.ndarray] = []
+  report = pace_reporter("samples")
+  with open(out / "samples.jsonl", "w", encoding="utf-8") as lines:
+    for i, (text, image) in enumerate(zip(texts, samples, strict=True)):
+      slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+      file = _save(out / f"{i:05d}-{slug}", image, fps)
+      row = {"file": file, "prompt": text, "seed": seed, "index": i}
+      lines.write(json.dumps(row) + "\n")
+      lines.flush()
+      if i < GRID:
+        shown += media.to_uint8([image])  # of a video, a few frames
+      report(i + 1, len(texts))
+  media.image_grid(shown, labels=texts[:GRID]).save(out / "grid.png")
 
 
 def _with_lora(
@@ -155,7 +183,7 @@ def _save(path: Path, image: np.ndarray, fps: int) -> str:
     media.save_video(path, image, fps)
   else:
     path = path.with_name(path.name + ".png")
-    Image.fromarray(image).save(path)
+    media.save_image(path, Image.fromarray(image))
   return path.name
 
 

@@ -10,8 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from digen_jax import assemble, assets, jobs, runs
+from digen_jax import assemble, assets, jobs, media, runs
+from digen_jax.data.prompt_encoder import PromptEncoder
 from digen_jax.errors import UserError
 from digen_jax.models import lora, published
 from digen_jax.weights import load
@@ -130,6 +132,66 @@ def test_text_encoders_are_read_once_and_before_the_denoiser(
   assert opened == ["load_prompt_encoder", "load_model"]
   said = "sampled as small: 2 steps, guidance 2, 16x16; flags change it\n"
   assert capsys.readouterr().out == said
+
+
+def test_samples_are_written_as_they_come(tmp_path, monkeypatch):
+  prompts = ["a red circle", "two squares"]
+  texts = [text for text in prompts for _ in range(5)]
+  (tmp_path / "p.txt").write_text("\n".join(prompts))
+  encoded, written = [], []
+  encode, save, grid = PromptEncoder.encode, jobs._save, media.image_grid
+
+  def note(self, prompts):
+    encoded.append(prompts)
+    return encode(self, prompts)
+
+  def stop_at_the_last(path, image, fps):
+    if len(written) == len(texts) - 1:
+      raise OSError("disk full")
+    written.append(image)
+    return save(path, image, fps)
+
+  def draw(out):
+    return jobs.sample_prompts(
+      FLUX,
+      tmp_path / "p.txt",
+      out,
+      overrides=SMALL,
+      seed=3,
+      samples_per_prompt=5,
+    )
+
+  def look(images, labels):
+    shown.append((images, labels))
+    return grid(images, labels=labels)
+
+  shown = []
+  monkeypatch.setattr(PromptEncoder, "encode", note)
+  monkeypatch.setattr(jobs, "_save", stop_at_the_last)
+  monkeypatch.setattr(jobs, "GRID", 4)
+  monkeypatch.setattr(media, "image_grid", look)
+  with pytest.raises(OSError, match="disk full"):
+    draw(tmp_path / "part")
+  assert encoded == [prompts]
+  lines = (tmp_path / "part" / "samples.jsonl").read_text().splitlines()
+  rows = [json.loads(line) for line in lines]
+  assert [row["index"] for row in rows] == list(range(len(texts) - 1))
+  assert [row["prompt"] for row in rows] == texts[:-1]
+  assert all((tmp_path / "part" / row["file"]).exists() for row in rows)
+
+  monkeypatch.setattr(jobs, "_save", save)
+  assert draw(tmp_path / "whole") == len(texts)
+  ((images, labels),) = shown
+  assert len(images) == 4 and labels == texts[:4]
+  assert (tmp_path / "whole" / "grid.png").exists()
+  # As all at once, each with its own copy of the prompt.
+  policy = runs.open_policy(FLUX, SMALL)
+  conditioning = assemble.embed(policy.assembly, texts)
+  expected = policy.sampler()(policy.trainable, conditioning, None, 3)
+  files = sorted((tmp_path / "whole").glob("0*.png"))
+  found = np.stack([np.asarray(Image.open(file)) for file in files])
+  np.testing.assert_array_equal(found, expected)
+  assert len(np.unique(found, axis=0)) == len(texts)
 
 
 def test_only_training_adds_to_a_set_of_embeddings(tmp_path):
