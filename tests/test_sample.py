@@ -16,6 +16,7 @@ from digen_jax import assemble, assets, jobs, media, runs
 from digen_jax.data.prompt_encoder import PromptEncoder
 from digen_jax.errors import UserError
 from digen_jax.models import lora, published
+from digen_jax.sampler import Sampler
 from digen_jax.weights import load
 from digen_jax.weights.adapters import save_adapters
 from tests.references import normal
@@ -135,63 +136,52 @@ def test_text_encoders_are_read_once_and_before_the_denoiser(
 
 
 def test_samples_are_written_as_they_come(tmp_path, monkeypatch):
-  prompts = ["a red circle", "two squares"]
-  texts = [text for text in prompts for _ in range(5)]
-  (tmp_path / "p.txt").write_text("\n".join(prompts))
-  encoded, written = [], []
+  prompts, out = ["a red circle", "two squares"], tmp_path / "out"
+  (tmp_path / "p.txt").write_text("\n".join([*prompts, prompts[0]]))
+  events, encoded, shown = [], [], []
   encode, save, grid = PromptEncoder.encode, jobs._save, media.image_grid
+  batches = Sampler.batches
 
-  def note(self, prompts):
+  def note_prompts(self, prompts):
     encoded.append(prompts)
     return encode(self, prompts)
 
-  def stop_at_the_last(path, image, fps):
-    if len(written) == len(texts) - 1:
-      raise OSError("disk full")
-    written.append(image)
+  def note_batches(self, *args, rows):
+    assert rows.tolist() == [0] * 4 + [1] * 4 + [0] * 4
+    for batch in batches(self, *args, rows=rows):
+      events.append("batch")
+      yield batch
+
+  def note_file(path, image, fps):
+    lines = (out / "samples.jsonl").read_text().splitlines()
+    events.append(len(lines))  # those of all before it
     return save(path, image, fps)
 
-  def draw(out):
-    return jobs.sample_prompts(
-      FLUX,
-      tmp_path / "p.txt",
-      out,
-      overrides=SMALL,
-      seed=3,
-      samples_per_prompt=5,
-    )
-
-  def look(images, labels):
-    shown.append((images, labels))
+  def note_grid(images, labels):
+    shown.append(len(images))
     return grid(images, labels=labels)
 
-  shown = []
-  monkeypatch.setattr(PromptEncoder, "encode", note)
-  monkeypatch.setattr(jobs, "_save", stop_at_the_last)
-  monkeypatch.setattr(jobs, "GRID", 4)
-  monkeypatch.setattr(media, "image_grid", look)
-  with pytest.raises(OSError, match="disk full"):
-    draw(tmp_path / "part")
-  assert encoded == [prompts]
-  lines = (tmp_path / "part" / "samples.jsonl").read_text().splitlines()
-  rows = [json.loads(line) for line in lines]
-  assert [row["index"] for row in rows] == list(range(len(texts) - 1))
-  assert [row["prompt"] for row in rows] == texts[:-1]
-  assert all((tmp_path / "part" / row["file"]).exists() for row in rows)
-
-  monkeypatch.setattr(jobs, "_save", save)
-  assert draw(tmp_path / "whole") == len(texts)
-  ((images, labels),) = shown
-  assert len(images) == 4 and labels == texts[:4]
-  assert (tmp_path / "whole" / "grid.png").exists()
-  # As all at once, each with its own copy of the prompt.
-  policy = runs.open_policy(FLUX, SMALL)
-  conditioning = assemble.embed(policy.assembly, texts)
-  expected = policy.sampler()(policy.trainable, conditioning, None, 3)
-  files = sorted((tmp_path / "whole").glob("0*.png"))
-  found = np.stack([np.asarray(Image.open(file)) for file in files])
-  np.testing.assert_array_equal(found, expected)
-  assert len(np.unique(found, axis=0)) == len(texts)
+  monkeypatch.setattr(PromptEncoder, "encode", note_prompts)
+  monkeypatch.setattr(Sampler, "batches", note_batches)
+  monkeypatch.setattr(jobs, "_save", note_file)
+  monkeypatch.setattr(jobs, "GRID", 3)
+  monkeypatch.setattr(media, "image_grid", note_grid)
+  count = jobs.sample_prompts(
+    FLUX,
+    tmp_path / "p.txt",
+    out,
+    overrides=SMALL,
+    seed=3,
+    samples_per_prompt=4,
+  )
+  assert count == 12 and encoded == [prompts] and shown == [3]
+  assert events == ["batch", *range(8), "batch", *range(8, 12)]
+  rows = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+  files = sorted(path.name for path in out.glob("0*.png"))
+  assert [row["file"] for row in rows] == files
+  found = np.stack([np.asarray(Image.open(out / file)) for file in files])
+  assert len(np.unique(found, axis=0)) == 12
+  assert (out / "grid.png").exists()
 
 
 def test_only_training_adds_to_a_set_of_embeddings(tmp_path):
