@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from digen_jax.config import Config, Sampling
-from digen_jax.data.embeddings import cached_embeddings
+from digen_jax.data.embeddings import cached_embeddings, known_embeddings
 from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.errors import UserError
 from digen_jax.island import Weights
@@ -363,7 +363,7 @@ def _latent_shape(
 
 
 def embedder(
-  assembly: Assembly, cache: Path | None = None
+  assembly: Assembly, keep: Path | None = None
 ) -> Callable[[Sequence[str]], Conditioning]:
   """A function of P prompts that gives their conditioning, [P, ...] on host.
 
@@ -372,7 +372,8 @@ def embedder(
 
   Args:
     assembly: the run.
-    cache: directory to keep embeddings in where the config names none.
+    keep: directory to keep embeddings in where the config names none; None
+      keeps none, and a set that the config names is only read.
   """
   config = assembly.config
   encoder = load_prompt_encoder(
@@ -380,12 +381,14 @@ def embedder(
     dtype=config.dtype.compute,
     max_length=config.sampling.text_length or None,
   )
-  directory = config.embeddings or cache
 
   def embed(prompts: Sequence[str]) -> Conditioning:
-    if directory:
+    if keep:
+      directory = config.embeddings or keep
       report = pace_reporter("encoded prompts")
       conditioning = cached_embeddings(encoder, prompts, directory, report)
+    elif config.embeddings:
+      conditioning = known_embeddings(encoder, prompts, config.embeddings)
     else:
       conditioning = encoder.encode(prompts)
     return with_guidance(config, assembly.model, conditioning)

@@ -246,11 +246,13 @@ class Config:
   Attributes:
     seed: everything random follows from it; from 0 to 2**32 - 1.
     steps: global steps.
-    checkpoint: a diffusers pipeline directory, or its id on the hub.
+    checkpoint: a diffusers pipeline directory, or its id on the hub,
+      "owner/name" or "owner/name@revision"; a run keeps to the commit that it
+      began with.
     prompts: training prompts, one per line.
     embeddings: directory of prompt embeddings, made by
-      `launch/encode_prompts.py` or by a run; what it lacks is added. Empty
-      means one in the run's directory.
+      `launch/encode_prompts.py` or by a run; what it lacks is added, in
+      training alone. Empty means one in the run's directory.
     reward: what is optimised, as `rewards.compose.parse` reads it: "shapes",
       "0.7*shapes + 0.3*path/to/file.py:function".
     eval_every: global steps between evaluations; 0 means first and last.

@@ -1,9 +1,10 @@
 """What the launch scripts beside train.py do: sample, evaluate, export."""
 
 import functools
+import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,25 @@ from digen_jax.data.recorded import read_recorded
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
+from digen_jax.metrics import pace_reporter
 from digen_jax.models.published import recognise
 from digen_jax.policy import denoise as denoise_with
 from digen_jax.policy import still
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.runs import check_policy, is_run, open_policy, read_config
+from digen_jax.runs import (
+  check_policy,
+  is_run,
+  open_policy,
+  read_config,
+  read_trained,
+)
 from digen_jax.types import Conditioning
-from digen_jax.weights.adapters import FILE, save_adapters, train_settings
+from digen_jax.weights.adapters import (
+  FILE,
+  merge_pipeline,
+  save_adapters,
+  train_settings,
+)
 from digen_jax.weights.export import check_fresh, export_pipeline
 
 GRID = 64  # samples the overview picture shows at most
@@ -46,7 +59,9 @@ def sample_prompts(
   samples_per_prompt: int,
   lora: str | Path | None = None,
 ) -> int:
-  """Writes one PNG per sample, `grid.png` and `samples.jsonl`.
+  """Writes a picture or video per sample, `grid.png` and `samples.jsonl`.
+
+  Each is written as soon as its batch is made, with a line of `samples.jsonl`.
 
   Args:
     checkpoint: pipeline directory, or run.
@@ -69,21 +84,45 @@ def sample_prompts(
   out = _directory(out)
   if not is_run(checkpoint):
     _say_settings(plan)
+  distinct = list(dict.fromkeys(texts))
+  place = {text: row for row, text in enumerate(distinct)}
   texts = [text for text in texts for _ in range(samples_per_prompt)]
   # Before the denoiser is read: text encoders need not fit beside it.
-  conditioning, negative = _encode(plan, texts)
+  conditioning, negative = _encode(plan, distinct)
   policy = open_policy(checkpoint, overrides)
-  images = policy.sampler()(policy.trainable, conditioning, negative, seed)
-  rows = []
-  fps = policy.assembly.config.eval.fps
-  for i, (text, image) in enumerate(zip(texts, images)):
-    slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
-    file = _save(out / f"{i:05d}-{slug}", image, fps)
-    rows.append({"file": file, "prompt": text, "seed": seed, "index": i})
-  lines = "".join(json.dumps(row) + "\n" for row in rows)
-  (out / "samples.jsonl").write_text(lines)
-  media.image_grid(images[:GRID], labels=texts[:GRID]).save(out / "grid.png")
-  return len(images)
+  batches = policy.sampler().batches(
+    policy.trainable,
+    conditioning,
+    negative,
+    seed,
+    rows=np.array([place[text] for text in texts]),
+  )
+  samples = itertools.chain.from_iterable(batches)
+  _write_samples(out, samples, texts, seed, plan.config.eval.fps)
+  return len(texts)
+
+
+def _write_samples(
+  out: Path,
+  samples: Iterable[np.ndarray],
+  texts: Sequence[str],
+  seed: int,
+  fps: int,
+) -> None:
+  """Writes what comes, as it comes; see `sample_prompts`."""
+  shown: list[np.ndarray] = []
+  report = pace_reporter("samples")
+  with open(out / "samples.jsonl", "w", encoding="utf-8") as lines:
+    for i, (text, image) in enumerate(zip(texts, samples, strict=True)):
+      slug = re.sub(r"[^a-z0-9]+", "-", text.lower()).strip("-")[:60]
+      file = _save(out / f"{i:05d}-{slug}", image, fps)
+      row = {"file": file, "prompt": text, "seed": seed, "index": i}
+      lines.write(json.dumps(row) + "\n")
+      lines.flush()
+      if i < GRID:
+        shown += media.to_uint8([image])  # of a video, a few frames
+      report(i + 1, len(texts))
+  media.image_grid(shown, labels=texts[:GRID]).save(out / "grid.png")
 
 
 def _with_lora(
@@ -144,7 +183,7 @@ def _save(path: Path, image: np.ndarray, fps: int) -> str:
     media.save_video(path, image, fps)
   else:
     path = path.with_name(path.name + ".png")
-    Image.fromarray(image).save(path)
+    media.save_image(path, Image.fromarray(image))
   return path.name
 
 
@@ -282,7 +321,9 @@ def export_run(
     run: directory of the run.
     out: directory to write; must not exist or be empty.
     form: "lora", the adapters as one file; "pipeline", a whole pipeline, with
-      adapters folded in; None, "lora" where adapters were trained.
+      adapters folded in (in the dtypes of the checkpoint that they adapt; if
+      every parameter was trained, in float32); None, "lora" where adapters
+      were trained.
 
   Returns:
     What was written and how diffusers loads it, one line.
@@ -299,17 +340,18 @@ def export_run(
       "--format=pipeline"
     )
   check_fresh(out)
-  policy = open_policy(run, samples=False)
-  params = join(policy.trainable, policy.assembly.weights.frozen)
+  model, alpha = read_trained(run), config.train.lora_alpha
   if form == "lora":
-    name = policy.assembly.model.family.class_name
-    count = save_adapters(out, params, name, alpha=config.train.lora_alpha)
+    name = model.family.class_name
+    count = save_adapters(out, model.params, name, alpha=alpha)
     return (
       f"wrote {Path(out) / FILE}, adapters of {count} layers; in diffusers: "
       f"pipe.load_lora_weights({str(out)!r})"
     )
-  alpha = config.train.lora_alpha if adapted else None
-  export_pipeline(config.checkpoint, out, params, alpha=alpha)
+  if adapted:
+    merge_pipeline(config.checkpoint, out, model.params, alpha=alpha)
+  else:
+    export_pipeline(config.checkpoint, out, model.params)
   return (
     f"wrote {out}; in diffusers: "
     f"DiffusionPipeline.from_pretrained({str(out)!r})"

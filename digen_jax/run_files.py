@@ -1,5 +1,6 @@
 """The files of a run: what is written to a workdir, and when."""
 
+import dataclasses
 import json
 import os
 import platform
@@ -17,6 +18,7 @@ from digen_jax.evaluation import Evaluated
 from digen_jax.links import Hardware
 from digen_jax.metrics import MetricsWriter, truncate_metrics
 from digen_jax.timeline import Span, Timeline
+from digen_jax.weights.hub import pinned
 
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a resumed run must share with the one it goes on with: it decides what
@@ -45,6 +47,28 @@ def check_workdir(workdir: Path) -> None:
       f"--workdir={workdir} cannot be made: {parent} is no directory that can "
       "be written to"
     )
+
+
+def pin_checkpoint(config: Config, workdir: Path) -> Config:
+  """The config with the commit of a checkpoint that is on the hub.
+
+  That which an earlier run in the directory began with, else the newest: what
+  is on the hub may change before a run is resumed, sampled or exported.
+
+  Args:
+    config: of the run.
+    workdir: its directory.
+
+  Raises:
+    UserError: the checkpoint is not found.
+  """
+  name, file = config.checkpoint, workdir / "config.json"
+  earlier = ""
+  if file.exists() and not Path(name).is_dir():
+    earlier = json.loads(file.read_text("utf-8"))["config"]["checkpoint"]
+  known = earlier.startswith(f"{name}@")
+  checkpoint = earlier if known else pinned(name)
+  return dataclasses.replace(config, checkpoint=checkpoint)
 
 
 def check_earlier(config: Config, fingerprint: str, workdir: Path) -> None:

@@ -23,9 +23,11 @@ from digen_jax.config import (
   from_config_dict,
 )
 from digen_jax.errors import UserError
+from digen_jax.grpo.train_step import join
+from digen_jax.models import Model, lora
 from digen_jax.models.published import MODELS, recognise
 from digen_jax.parallel.mesh import make_mesh
-from digen_jax.parallel.rules import ROLLOUT, TRAINER
+from digen_jax.parallel.rules import ROLLOUT, TRAINER, param_shardings
 from digen_jax.sampler import Sampler
 from digen_jax.weights.load import (
   fingerprint,
@@ -108,12 +110,7 @@ def check_policy(
   return assemble(config, weights=False)
 
 
-def open_policy(
-  path: str | Path,
-  overrides: Overrides | None = None,
-  *,
-  samples: bool = True,
-) -> Policy:
+def open_policy(path: str | Path, overrides: Overrides | None = None) -> Policy:
   """Loads a run's newest checkpoint, or a diffusers pipeline directory.
 
   A run is sampled as its config says. A pipeline of a published model is
@@ -125,8 +122,6 @@ def open_policy(
   Args:
     path: the directory.
     overrides: section -> field -> value, e.g. {"eval": {"num_steps": 20}}.
-    samples: False where nothing will be computed: the parameters are then
-      spread over all devices, as far as they can be divided.
 
   Raises:
     UserError: neither, incomplete, a pipeline of unknown size, an override
@@ -134,16 +129,42 @@ def open_policy(
       checkpoint's directory holds now.
   """
   run, plan = is_run(path), check_policy(path, overrides)
-  axes = sampling_axes(plan, run) if samples else {"fsdp": jax.device_count()}
-  mesh = make_mesh(axes, jax.devices())
-  assembly = assemble(
-    plan.config, mesh=mesh, rules=ROLLOUT if samples else TRAINER, training=run
-  )
+  mesh = make_mesh(sampling_axes(plan, run), jax.devices())
+  assembly = assemble(plan.config, mesh=mesh, rules=ROLLOUT, training=run)
   base = assembly.weights.trainable
   if not run:
     return Policy(assembly, mesh, base, base, 0)
   step, trained = _trained(plan.config, base, Path(path))
   return Policy(assembly, mesh, trained, base, step)
+
+
+def read_trained(path: str | Path) -> Model:
+  """What a run has trained, from its newest checkpoint, and nothing else.
+
+  Args:
+    path: directory of the run.
+
+  Returns:
+    The model with float32 arrays for what was trained, spread over all
+    devices as far as they can be divided, and `jax.ShapeDtypeStruct`s for
+    what was not.
+
+  Raises:
+    UserError: as `open_policy`.
+  """
+  plan = check_policy(path)
+  model = plan.model
+  mesh = make_mesh({"fsdp": jax.device_count()}, jax.devices())
+  places = param_shardings(mesh, model.logical_axes, model.params, TRAINER)
+  like = jax.tree.map(
+    lambda x, place: jax.ShapeDtypeStruct(x.shape, jnp.float32, sharding=place),
+    model.params,
+    places,
+  )
+  mode = "lora" if plan.config.train.lora_rank else "full"
+  like, rest = lora.split_trainable(like, mode)
+  _, trained = _trained(plan.config, like, Path(path))
+  return dataclasses.replace(model, params=join(trained, rest))
 
 
 def sampling_axes(plan: Assembly, run: bool) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,35 +46,47 @@ class Sampler:
     conditioning: Conditioning,
     negative: Conditioning | None,
     seed: int,
-    index: np.ndarray | None = None,
   ) -> np.ndarray:
-    """Samples one image per row.
-
-    Args:
-      trainable: parameters on the mesh.
-      conditioning: [N, ...] host arrays.
-      negative: [1, ...] host arrays, with classifier-free guidance.
-      seed: of the noise.
-      index: [N] number of each sample, which with the seed fixes its noise;
-        by default 0 ... N-1.
+    """Samples one image per row of the conditioning; arguments as `batches`.
 
     Returns:
       [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
     """
+    batches = self.batches(trainable, conditioning, negative, seed)
+    return np.concatenate(list(batches))
+
+  def batches(
+    self,
+    trainable: Any,
+    conditioning: Conditioning,
+    negative: Conditioning | None,
+    seed: int,
+    rows: np.ndarray | None = None,
+  ) -> Iterator[np.ndarray]:
+    """Samples in batches: the host need not hold more than one.
+
+    Args:
+      trainable: parameters on the mesh.
+      conditioning: [P, ...] host arrays.
+      negative: [1, ...] host arrays, with classifier-free guidance.
+      seed: of the noise, which with its number fixes that of a sample.
+      rows: [N] which row of the conditioning each sample has; by default
+        0 ... P-1.
+
+    Yields:
+      Samples 0 ... N-1 in order, n at a time: [n, H, W, 3] uint8, or
+      [n, F, H, W, 3] videos.
+    """
     conditioning, negative = match_text(conditioning, negative)
-    count = len(conditioning.text)
-    index = np.arange(count) if index is None else index
+    rows = np.arange(len(conditioning.text)) if rows is None else rows
+    count = len(rows)
     spread, whole = batch_sharding(self._mesh), replicated(self._mesh)
     fixed = jax.device_put((negative, np.uint32(seed)), whole)
-    images = []
     size = padded_size(min(self._batch_size, count), self._mesh)
     for first in range(0, count, size):
-      # The last batch repeats its last row: one shape, one compilation.
-      rows = np.minimum(np.arange(first, first + size), count - 1)
-      batch = jax.tree.map(lambda x: x[rows], conditioning)  # noqa: B023
-      batch, number = jax.device_put(
-        (batch, index[rows].astype(np.uint32)), spread
-      )
+      # The last batch repeats its last sample: one shape, one compilation.
+      number = np.minimum(np.arange(first, first + size), count - 1)
+      batch = jax.tree.map(lambda x: x[rows[number]], conditioning)  # noqa: B023
+      batch, number = jax.device_put((batch, number.astype(np.uint32)), spread)
       args = (trainable, self._frozen, self._decoder, batch, *fixed, number)
-      images.append(np.asarray(self._sample(*args)))
-    return np.concatenate(images)[:count]
+      yield np.asarray(self._sample(*args))[: count - first]

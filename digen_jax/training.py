@@ -58,7 +58,7 @@ class Run:
       UserError: anything in the configuration or the files it names that
         cannot work.
     """
-    self.config, self.workdir = config, Path(workdir)
+    self.workdir = Path(workdir)
     run_files.check_workdir(self.workdir)
     check_tracker(config.tracker)
     if config.sampling.num_frames > 1:
@@ -71,6 +71,8 @@ class Run:
     self.held_out = select(held_out, config)
     self.reward.check([*prompts, *self.held_out])
     _probe(self.reward, prompts, config)
+    config = run_files.pin_checkpoint(config, self.workdir)
+    self.config = config
     self.fingerprint = fingerprint(config.checkpoint, config.train.lora_init)
     run_files.check_earlier(config, self.fingerprint, self.workdir)
     assembly = assemble.assemble(config, weights=False)
@@ -381,6 +383,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     UnitError: a unit of work failed.
   """
   run = Run(config, workdir)
+  config = run.config  # its checkpoint is pinned
   files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
   progress = Progress(config.steps, run.step, rewards=files.rewards)
   try:

@@ -17,7 +17,7 @@ from safetensors.numpy import load_file, save_file
 from digen_jax import jobs, runs
 from digen_jax.assemble import assemble
 from digen_jax.checkpoint import Checkpoints
-from digen_jax.config import from_config_dict, to_dict
+from digen_jax.config import Dtype, from_config_dict, to_dict
 from digen_jax.errors import UserError
 from digen_jax.grpo.train_step import join
 from digen_jax.models import lora
@@ -276,15 +276,19 @@ def test_a_file_of_another_checkpoint(saved, tmp_path):
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
-  """A run with trained adapters, as far as its files go, and its config."""
-  workdir = tmp_path_factory.mktemp("run")
+  """A run with trained adapters."""
+  return write_run(tmp_path_factory.mktemp("run"), 4)
+
+
+def write_run(workdir, rank):
+  """A run, as far as its files go: where it is, its config, its weights."""
   values = small_config("prompts.txt")
-  values.train.lora_rank, values.train.lora_alpha = 4, 6.0
+  values.train.lora_rank, values.train.lora_alpha = rank, 6.0
   values.train.ema_decay = 0.0
   config = from_config_dict(values)
   weights = assemble(config).weights
   trained = jax.tree.map_with_path(
-    lambda path, x: x + 0.1 if path[-1].key == "lora_b" else x,
+    lambda path, x: x + 0.1 if path[-1].key in ("lora_b", "kernel") else x,
     weights.trainable,
   )
   state = {
@@ -310,13 +314,15 @@ def assert_close(a, b):
   jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), a, b)
 
 
-def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
+def test_runs_are_exported_and_go_on_from_files(run, tmp_path, monkeypatch):
   workdir, config, trained, frozen = run
-  line = jobs.export_run(workdir, tmp_path / "lora")
+  with monkeypatch.context() as context:
+    context.setattr(load, "read_params", None)  # names and shapes are enough
+    line = jobs.export_run(workdir, tmp_path / "lora")
+    jobs.export_run(workdir, tmp_path / "merged", "pipeline")
   count = len(load_file(tmp_path / "lora" / adapters.FILE)) // 2
   assert f"adapters of {count} layers" in line
   assert "load_lora_weights" in line
-  jobs.export_run(workdir, tmp_path / "merged", "pipeline")
   assert_close(
     load.load_model(tmp_path / "merged").params,
     lora.merge_lora(join(trained, frozen), 6.0),
@@ -340,15 +346,47 @@ def test_runs_are_exported_and_go_on_from_files(run, tmp_path):
   )
 
 
-def test_what_is_only_read_comes_alone_and_where_it_belongs(run):
-  workdir, _, trained, _ = run
-  policy = runs.open_policy(workdir, samples=False)
-  jax.tree.map(np.testing.assert_array_equal, policy.trainable, trained)
-  spread = 0
-  for leaf, base in zip(*map(jax.tree.leaves, (policy.trainable, policy.base))):
-    assert leaf.sharding == base.sharding
-    spread += not leaf.sharding.is_fully_replicated
-  assert spread > 5
+def test_a_run_in_bfloat16_is_exported_in_the_dtype_of_its_base(run, tmp_path):
+  workdir = shutil.copytree(run[0], tmp_path / "run")
+  _, config, trained, frozen = run
+  half = dataclasses.replace(config, dtype=Dtype("bfloat16"))
+  text = json.dumps({"config": to_dict(half)})
+  (workdir / "config.json").write_text(text)
+  jobs.export_run(workdir, tmp_path / "merged", "pipeline")
+  before, after = (
+    load_file(f"{path}/transformer/diffusion_pytorch_model.safetensors")
+    for path in (config.checkpoint, tmp_path / "merged")
+  )
+  assert {tensor.dtype for tensor in after.values()} == {np.dtype(np.float32)}
+  for name in ("proj_out.weight", "x_embedder.bias"):
+    np.testing.assert_array_equal(after[name], before[name])
+  assert_close(
+    load.load_model(tmp_path / "merged").params,
+    lora.merge_lora(join(trained, frozen), 6.0),
+  )
+
+
+def test_a_run_that_trained_everything_is_exported(tmp_path, monkeypatch):
+  workdir, _, trained, _ = write_run(tmp_path / "run", 0)
+  with monkeypatch.context() as context:
+    context.setattr(load, "read_params", None)  # not to be called
+    jobs.export_run(workdir, tmp_path / "out")
+  found = load.load_model(tmp_path / "out").params
+  jax.tree.map(np.testing.assert_array_equal, found, trained)
+
+
+def test_what_is_only_read_comes_alone_and_where_it_belongs(run, monkeypatch):
+  workdir, _, trained, frozen = run
+  monkeypatch.setattr(load, "read_params", None)  # not to be called
+  params = runs.read_trained(workdir).params
+  found, rest = lora.split_trainable(params, "lora")
+  jax.tree.map(np.testing.assert_array_equal, found, trained)
+  assert jax.tree.map(np.shape, rest) == jax.tree.map(np.shape, frozen)
+  for leaf in jax.tree.leaves(rest):
+    assert isinstance(leaf, jax.ShapeDtypeStruct)
+  leaves = jax.tree.leaves(found)
+  assert all(len(leaf.sharding.device_set) == 8 for leaf in leaves)
+  assert sum(not leaf.sharding.is_fully_replicated for leaf in leaves) > 5
   wanted = {"trainable": trained}
   reader = Checkpoints(workdir / "checkpoints", writes=False)
   assert reader.load(1, wanted).keys() == {"trainable"}
@@ -363,7 +401,7 @@ def test_an_output_that_is_taken_shows_before_weights_are_read(
   run, tmp_path, monkeypatch
 ):
   (tmp_path / "file").write_text("")
-  monkeypatch.setattr(jobs, "open_policy", None)  # not to be called
+  monkeypatch.setattr(jobs, "read_trained", None)  # not to be called
   for form in ("lora", "pipeline"):
     refused(
       lambda: jobs.export_run(run[0], tmp_path, form),  # noqa: B023

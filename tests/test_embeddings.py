@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from digen_jax.data import embeddings
-from digen_jax.data.embeddings import cached_embeddings
+from digen_jax.data.embeddings import cached_embeddings, known_embeddings
 from digen_jax.data.prompt_encoder import PromptEncoder, load_prompt_encoder
 from digen_jax.errors import UserError
 from digen_jax.weights.safetensors import read_header
@@ -156,6 +156,56 @@ def test_sets_of_others_are_refused(pipeline, encoder, tmp_path, encoded):
   assert encoded == [5]
 
 
+def test_a_set_that_is_only_read(pipeline, encoder, tmp_path, encoded):
+  """What it does not have, or has otherwise, is encoded and not kept."""
+  folder = tmp_path / "set"
+  assert_same(
+    known_embeddings(encoder, PROMPTS[:2], folder), encoder.encode(PROMPTS[:2])
+  )
+  assert not folder.exists()
+  cached_embeddings(encoder, PROMPTS[:3], folder)
+  before = {f: f.stat().st_mtime_ns for f in folder.iterdir()}
+  encoded.clear()
+  found = known_embeddings(encoder, PROMPTS[:3], folder)
+  assert encoded == []
+  assert_same(found, encoder.encode(PROMPTS[:3]))
+  rounded = load_prompt_encoder(pipeline, dtype=jnp.bfloat16)
+  encoded.clear()
+  for other, prompts in ((encoder, PROMPTS), (rounded, PROMPTS[:3])):
+    found = known_embeddings(other, prompts, folder)
+    assert encoded.pop() == len(prompts)
+    assert_same(found, other.encode(prompts))
+  assert {f: f.stat().st_mtime_ns for f in folder.iterdir()} == before
+
+
+def test_another_writer_was_quicker(pipeline, encoder, tmp_path, monkeypatch):
+  """Both have seen no set; the one that comes second does not mix them."""
+  rounded = load_prompt_encoder(pipeline, dtype=jnp.bfloat16, batch_size=2)
+  encode = PromptEncoder.encode_tokens
+
+  def be_late(self, tokens, rows):
+    monkeypatch.setattr(PromptEncoder, "encode_tokens", encode)
+    cached_embeddings(encoder, PROMPTS[:2], tmp_path / "set")
+    yield from encode(self, tokens, rows)
+
+  monkeypatch.setattr(PromptEncoder, "encode_tokens", be_late)
+  with pytest.raises(UserError, match="made differently: dtype is 'float32'"):
+    cached_embeddings(rounded, PROMPTS[:2], tmp_path / "set")
+  # Even if it had been at the same moment: neither takes the other's.
+  embeddings._encode_missing(
+    encoder, PROMPTS[2:4], np.arange(2), tmp_path / "set", None
+  )
+  monkeypatch.setattr(embeddings, "check_set", lambda *_: None)
+  embeddings._encode_missing(
+    rounded, PROMPTS[2:4], np.arange(2), tmp_path / "set", None
+  )
+  assert len(batches(tmp_path / "set")) == 3
+  for one, prompts in ((encoder, PROMPTS[:4]), (rounded, PROMPTS[2:4])):
+    known = embeddings.read_set(tmp_path / "set", one.fingerprint)
+    assert set(known) == set(prompts)
+    assert {found.text.dtype for found in known.values()} == {one.dtype}
+
+
 def test_directories_that_are_no_set(encoder, tmp_path):
   with pytest.raises(UserError, match="no prompts to encode"):
     cached_embeddings(encoder, [], tmp_path)
@@ -190,9 +240,9 @@ from digen_jax.launching import run_main
 
 write, calls = embeddings.save_file, []
 
-def save_file(tensors, path):
+def save_file(tensors, path, metadata):
   calls.append(path)
-  write(tensors, path)
+  write(tensors, path, metadata)
   if len(calls) == 3:
     os.truncate(path, 100)
     os.kill(os.getpid(), signal.SIGKILL)
@@ -215,7 +265,7 @@ def test_launch_script_goes_on_where_it_was_killed(pipeline, tmp_path, encoder):
   ]
   killed = subprocess.run([sys.executable, "-c", KILLED, *arguments], cwd=ROOT)
   assert killed.returncode == -signal.SIGKILL
-  assert len(embeddings.read_set(folder)) == 4
+  assert len(embeddings.read_set(folder, encoder.fingerprint)) == 4
   kept = {f: f.stat().st_mtime_ns for f in batches(folder)}
   script = ROOT / "launch" / "encode_prompts.py"
   done = subprocess.run(

@@ -60,6 +60,23 @@ def test_a_sampler_makes_no_more_than_it_is_asked_for(batch_size, count, made):
   assert len(images) == count
 
 
+def test_samples_come_in_batches_and_may_share_a_prompt():
+  def decode(_, latents):
+    return latents
+
+  mesh = make_mesh({"data": 2}, jax.devices()[:2])
+  recipe = make_recipe(decode=decode, eval_batch_size=2)
+  text = np.arange(3, dtype=np.float32)[:, None, None]
+  rows = np.array([0, 0, 1, 1, 2])
+  sampler = Sampler(recipe, mesh, {}, {})
+  args = PARAMS, Conditioning(text=text), None, 3
+  batches = list(sampler.batches(*args, rows=rows))
+  assert [len(batch) for batch in batches] == [2, 2, 1]
+  whole = sampler(PARAMS, Conditioning(text=text[rows]), None, 3)
+  np.testing.assert_array_equal(np.concatenate(batches), whole)
+  assert len(np.unique(whole.reshape(5, -1), axis=0)) == 5  # by number
+
+
 def test_the_form_of_the_kl_is_that_of_the_recipe():
   rng = np.random.default_rng(0)
   x, x_next = rng.normal(size=(2, 3, 2, 2, 3)).astype(np.float32)

@@ -10,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
-from digen_jax import assemble, assets, jobs
+from digen_jax import assemble, assets, jobs, media, runs
+from digen_jax.data.prompt_encoder import PromptEncoder
 from digen_jax.errors import UserError
 from digen_jax.models import lora, published
+from digen_jax.sampler import Sampler
 from digen_jax.weights import load
 from digen_jax.weights.adapters import save_adapters
 from tests.references import normal
@@ -130,6 +133,73 @@ def test_text_encoders_are_read_once_and_before_the_denoiser(
   assert opened == ["load_prompt_encoder", "load_model"]
   said = "sampled as small: 2 steps, guidance 2, 16x16; flags change it\n"
   assert capsys.readouterr().out == said
+
+
+def test_samples_are_written_as_they_come(tmp_path, monkeypatch):
+  prompts, out = ["a red circle", "two squares"], tmp_path / "out"
+  (tmp_path / "p.txt").write_text("\n".join([*prompts, prompts[0]]))
+  events, encoded, shown = [], [], []
+  encode, save, grid = PromptEncoder.encode, jobs._save, media.image_grid
+  batches = Sampler.batches
+
+  def note_prompts(self, prompts):
+    encoded.append(prompts)
+    return encode(self, prompts)
+
+  def note_batches(self, *args, rows):
+    assert rows.tolist() == [0] * 4 + [1] * 4 + [0] * 4
+    for batch in batches(self, *args, rows=rows):
+      events.append("batch")
+      yield batch
+
+  def note_file(path, image, fps):
+    lines = (out / "samples.jsonl").read_text().splitlines()
+    events.append(len(lines))  # those of all before it
+    return save(path, image, fps)
+
+  def note_grid(images, labels):
+    shown.append(len(images))
+    return grid(images, labels=labels)
+
+  monkeypatch.setattr(PromptEncoder, "encode", note_prompts)
+  monkeypatch.setattr(Sampler, "batches", note_batches)
+  monkeypatch.setattr(jobs, "_save", note_file)
+  monkeypatch.setattr(jobs, "GRID", 3)
+  monkeypatch.setattr(media, "image_grid", note_grid)
+  count = jobs.sample_prompts(
+    FLUX,
+    tmp_path / "p.txt",
+    out,
+    overrides=SMALL,
+    seed=3,
+    samples_per_prompt=4,
+  )
+  assert count == 12 and encoded == [prompts] and shown == [3]
+  assert events == ["batch", *range(8), "batch", *range(8, 12)]
+  rows = map(json.loads, (out / "samples.jsonl").read_text().splitlines())
+  files = sorted(path.name for path in out.glob("0*.png"))
+  assert [row["file"] for row in rows] == files
+  found = np.stack([np.asarray(Image.open(out / file)) for file in files])
+  assert len(np.unique(found, axis=0)) == 12
+  assert (out / "grid.png").exists()
+
+
+def test_only_training_adds_to_a_set_of_embeddings(tmp_path):
+  folder = tmp_path / "set"
+
+  def embedder(dtype, keep=None):
+    plan = runs.check_policy(FLUX, SMALL | {"dtype": {"compute": dtype}})
+    config = dataclasses.replace(plan.config, embeddings=str(folder))
+    return assemble.embedder(dataclasses.replace(plan, config=config), keep)
+
+  embedder("float32", tmp_path / "run")(["a red circle"])
+  before = {f: f.read_bytes() for f in folder.iterdir()}
+  assert len(before) == 2
+  for dtype in ("float32", "bfloat16"):  # the set is in float32
+    found = embedder(dtype)(["a red circle", "two squares"])
+    assert found.text.dtype == dtype
+  assert {f: f.read_bytes() for f in folder.iterdir()} == before
+  assert not (tmp_path / "run").exists()
 
 
 def test_recorded_inputs_with_adapters(tmp_path):

@@ -1,6 +1,5 @@
 """Checkpoints in diffusers' layout: loading, its failures, and exporting."""
 
-import functools
 import json
 import os
 import shutil
@@ -21,7 +20,7 @@ from digen_jax.models import lora
 from digen_jax.models.vae import autoencoder_kl
 from digen_jax.parallel import mesh as mesh_lib
 from digen_jax.parallel import rules
-from digen_jax.weights import export, load, parity, safetensors
+from digen_jax.weights import adapters, export, load, parity, safetensors
 from tests import references
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -353,10 +352,25 @@ def test_autoencoder_round_trip(tmp_path):
 def test_pipeline_export_replaces_the_transformer_alone(pipeline, tmp_path):
   params = jax.tree.map(lambda x: x * 2, load.load_model(pipeline).params)
   out = tmp_path / "deep" / "out"
+  (pipeline / "README.md").write_text("# A pipeline")
+  (pipeline / "LICENSE").write_text("free")
+  (pipeline / "tokenizer_2" / "templates").mkdir(parents=True)
+  (pipeline / "tokenizer_2" / "templates" / "one.jinja").write_text("{}")
+  wanted = sorted(p.relative_to(pipeline) for p in pipeline.rglob("*"))
+  for name in (
+    "flux1-dev.safetensors",
+    ".git/HEAD",
+    ".gitattributes",
+    "run/config.json",
+    f"vae/{FILE.replace('.', '.fp16.')}",
+    "vae/diffusion_pytorch_model.bin",
+    "transformer/single_file.safetensors",
+  ):
+    (pipeline / name).parent.mkdir(exist_ok=True)
+    (pipeline / name).write_text("{}")
+  (pipeline / "log.txt").write_bytes(bytes(2**20 + 1))
   export.export_pipeline(pipeline, out, params)
-  assert sorted(p.relative_to(out) for p in out.rglob("*")) == sorted(
-    p.relative_to(pipeline) for p in pipeline.rglob("*")
-  )
+  assert sorted(p.relative_to(out) for p in out.rglob("*")) == wanted
   assert (out / "vae" / FILE).read_bytes() == (
     pipeline / "vae" / FILE
   ).read_bytes()
@@ -375,12 +389,21 @@ def test_what_lies_beside_the_components_is_not_the_checkpoint(pipeline):
     (pipeline / name).mkdir()
     (pipeline / name / "config.json").write_text("{}")
     (pipeline / name / "x.safetensors").write_bytes(b"1")
+  for name in (
+    "flux1-dev.safetensors",
+    "notes.json",
+    f"vae/{FILE.replace('.', '.fp16.')}",
+    f"vae/{FILE}.index.fp16.json",
+    "transformer/single_file.safetensors",
+    "transformer/.cache.json",
+  ):
+    (pipeline / name).write_text("{}")
   assert load.fingerprint(pipeline) == before
-  for file in ("vae/config.json", "model_index.json"):
-    content = (pipeline / file).read_text()
-    (pipeline / file).write_text(content + "\n")
+  for file in ("vae/config.json", f"vae/{FILE}", "model_index.json"):
+    content = (pipeline / file).read_bytes()
+    (pipeline / file).write_bytes(content + b"\n")
     assert load.fingerprint(pipeline) != before
-    (pipeline / file).write_text(content)
+    (pipeline / file).write_bytes(content)
   (pipeline / "text_encoder").mkdir()  # in the index
   (pipeline / "text_encoder" / "model.safetensors").write_bytes(b"1")
   assert load.fingerprint(pipeline) != before
@@ -391,38 +414,91 @@ def test_what_lies_beside_the_components_is_not_the_checkpoint(pipeline):
     load.fingerprint(pipeline, pipeline / "run")
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_export_merges_and_fetches_layer_by_layer(dtype, pipeline, tmp_path):
+def test_merging_keeps_the_dtypes_of_the_checkpoint(pipeline, tmp_path):
+  """Of a float32 checkpoint that is computed in bfloat16, in parts of both."""
+  key, value = TENSOR, TENSOR.replace("to_q", "to_v")
+  plain = TENSOR.replace("attn.to_q", "ff.net.2")
+
+  def round_some(tensors):
+    for name in (value, plain):
+      tensors[name] = tensors[name].astype(jnp.bfloat16)
+
+  edit(pipeline / "transformer", round_some)
   mesh = mesh_lib.make_mesh(dict(fsdp=4), jax.devices()[:4])
   model = load.load_model(
-    pipeline, param_dtype=dtype, mesh=mesh, rules=rules.TRAINER
+    pipeline, dtype="bfloat16", mesh=mesh, rules=rules.TRAINER
   )
   model = lora.adapt(
     model, rank=3, alpha=5.0, targets=("attn",), key=jax.random.key(0)
   )
+  # An update far below the rounding of the kernels it is added to.
   params = jax.tree.map_with_path(
-    lambda path, x: x + 0.1 if path[-1].key == "lora_b" else x, model.params
+    lambda path, x: x + 1e-4 if path[-1].key == "lora_b" else x, model.params
   )
-  export.export_pipeline(pipeline, tmp_path / "out", params, alpha=5.0)
-  for path, leaf in jax.tree.leaves_with_path(params):
-    if "blocks" in path[0].key:  # a host copy would stay with the array
-      assert leaf._npy_value is None
-  params = jax.device_get(params)
-  expected = lora.merge_lora(jax.tree.map(jnp.asarray, params), 5.0)
-  found = load.load_model(tmp_path / "out", param_dtype=dtype).params
-  rounding = dict(atol=1e-6) if dtype == "float32" else dict(rtol=2**-7)
-  as_float = functools.partial(jax.tree.map, lambda x: np.asarray(x, float))
-  jax.tree.map(
-    lambda a, b: np.testing.assert_allclose(a, b, **rounding),
-    as_float(found),
-    as_float(expected),
+  adapters.merge_pipeline(pipeline, tmp_path / "out", params, alpha=5.0)
+  before, after = (
+    safetensors.list_tensors(path / "transformer")
+    for path in (pipeline, tmp_path / "out")
   )
-  kernel = params["double_blocks"]["attn"]["to_q"]["kernel"]
-  change = found["double_blocks"]["attn"]["to_q"]["kernel"] - kernel
-  assert np.abs(np.asarray(change, float)).max() > 0.05
+  assert before.keys() == after.keys()
+  for name, tensor in after.items():
+    assert tensor.dtype == before[name].dtype
+    if ".attn." not in name or "weight" not in name or "norm" in name:
+      np.testing.assert_array_equal(tensor.view(), before[name].view())
+  assert before[value].dtype == before[plain].dtype == jnp.bfloat16
+  layer = params["double_blocks"]["attn"]
+  for name, leaf in ((key, layer["to_q"]), (value, layer["to_v"])):
+    a, b = (np.asarray(leaf[x][1], float) for x in ("lora_a", "lora_b"))
+    old, new = (np.asarray(x[name].view(), float) for x in (before, after))
+    expected = old + 5 / 3 * (a @ b).T
+    rounding = 1e-7 if name == key else 2**-8
+    np.testing.assert_allclose(new, expected, rtol=rounding, atol=1e-9)
+  # The update of the float32 kernel is all there.
+  old, new = (np.asarray(x[key].view(), float) for x in (before, after))
+  assert 1e-5 < np.abs(new - old).max() < 2e-3
+
+
+def test_adapters_of_another_checkpoint_are_not_merged(pipeline, tmp_path):
+  model = load.load_model(pipeline)
+  model = lora.adapt(
+    model, rank=3, alpha=5.0, targets=("proj_out",), key=jax.random.key(0)
+  )
+  edit(pipeline / "transformer", lambda t: t.pop("proj_out.weight"))
+  with pytest.raises(UserError, match="lacks proj_out, which have adapters"):
+    adapters.merge_pipeline(pipeline, tmp_path / "o", model.params, alpha=5.0)
+  assert not (tmp_path / "o").exists()
+
+
+def test_what_was_not_trained_is_as_in_the_source(pipeline, tmp_path):
+  params = load.load_model(pipeline).params
+  params["proj_out"]["bias"] = jax.ShapeDtypeStruct(
+    params["proj_out"]["bias"].shape, jnp.float32
+  )
+
+  def halve(tensors):
+    tensors["proj_out.bias"] = tensors["proj_out.bias"].astype(np.float16)
+    tensors["proj_out.weight"] = tensors["proj_out.weight"].astype(np.float16)
+
+  edit(pipeline / "transformer", halve)
+  export.export_pipeline(pipeline, tmp_path / "out", params)
+  before, after = (
+    load_file(path / "transformer" / FILE)
+    for path in (pipeline, tmp_path / "out")
+  )
+  assert before.keys() == after.keys()
+  assert after["proj_out.bias"].dtype == np.float16
+  np.testing.assert_array_equal(after["proj_out.bias"], before["proj_out.bias"])
+  assert after["proj_out.weight"].dtype == np.float32  # as it was trained
 
 
 def test_failed_export_leaves_nothing(pipeline, tmp_path):
+  def tensors():
+    yield "x", np.ones(3, np.float32)
+    raise OSError("disk full")
+
+  with pytest.raises(OSError, match="disk full"):
+    export.write_pipeline(pipeline, tmp_path / "new" / "out", tensors())
+  assert list((tmp_path / "new").iterdir()) == []
   params = load.load_model(pipeline).params
   (pipeline / "transformer" / "config.json").write_text(
     '{"_class_name": "UNet2DModel"}'
@@ -430,6 +506,24 @@ def test_failed_export_leaves_nothing(pipeline, tmp_path):
   with pytest.raises(UserError, match="UNet2DModel"):
     export.export_pipeline(pipeline, tmp_path / "new" / "out", params)
   assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_where_an_export_can_be_written(tmp_path, monkeypatch):
+  """Through links, into what is empty; a mount point shows at once."""
+  (tmp_path / "disk" / "empty").mkdir(parents=True)
+  for name, target in (("link", "disk/empty"), ("dangling", "disk/new")):
+    (tmp_path / name).symlink_to(target)
+    with export.fresh_directory(tmp_path / name) as temporary:
+      (temporary / "file").touch()
+    assert (tmp_path / name).is_symlink()
+    assert (tmp_path / target / "file").exists()
+  assert len(list((tmp_path / "disk").iterdir())) == 2
+  (tmp_path / "mounted").mkdir()
+  mounts = [tmp_path / "mounted"]
+  monkeypatch.setattr(Path, "is_mount", lambda path: path in mounts)
+  with pytest.raises(UserError, match=r"mount point.*directory inside it"):
+    export.check_fresh(tmp_path / "mounted")
+  export.check_fresh(tmp_path / "mounted" / "export")
 
 
 def write_case(directory, outputs, inputs):

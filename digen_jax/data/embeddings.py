@@ -12,7 +12,9 @@ made with; every other file holds one batch, in safetensors format:
 
 A batch is written aside and renamed, so that a killed writer leaves whole
 batches; whoever goes on encodes only what is missing. Batches are named by
-their content: two writers do not disturb each other.
+prompts and settings and say in their header what they were made with: two
+writers do not disturb each other, and if their settings differ, what the one
+wrote is not there for the other.
 """
 
 import dataclasses
@@ -31,11 +33,12 @@ from digen_jax.data.prompt_encoder import PromptEncoder
 from digen_jax.errors import UserError
 from digen_jax.types import Conditioning
 from digen_jax.weights.load import read_json
-from digen_jax.weights.safetensors import Tensor, read_header
+from digen_jax.weights.safetensors import Tensor, read_header, read_metadata
 
 logger = logging.getLogger(__name__)
 
 MANIFEST = "embeddings.json"
+FINGERPRINT = "fingerprint"  # in the header of a batch
 # (prompts done, prompts to do), whenever a batch is on disk.
 Report = Callable[[int, int], None]
 
@@ -175,13 +178,39 @@ def cached_embeddings(
     raise UserError("no prompts to encode: give at least one")
   directory = Path(directory)
   check_set(encoder, directory)
-  known = read_set(directory)
+  known = read_set(directory, encoder.fingerprint)
   distinct = list(dict.fromkeys(prompts))
   missing = [i for i, prompt in enumerate(distinct) if prompt not in known]
   if missing:
     _encode_missing(encoder, distinct, np.array(missing), directory, report)
-    known = read_set(directory)
+    known = read_set(directory, encoder.fingerprint)
   return _gather([known[prompt] for prompt in prompts], encoder.dtype)
+
+
+def known_embeddings(
+  encoder: PromptEncoder, prompts: Sequence[str], directory: str | Path
+) -> Conditioning:
+  """`encoder.encode(prompts)`, read from a set on disk that has them.
+
+  Nothing is written: what the set lacks, or a set that was made differently,
+  is encoded here and not kept.
+
+  Args:
+    encoder: from `load_prompt_encoder`.
+    prompts: B texts.
+    directory: of the set; may be missing.
+
+  Raises:
+    UserError: no prompts, or weights or a record that cannot be read.
+  """
+  directory = Path(directory)
+  manifest = directory / MANIFEST
+  if manifest.exists():
+    same = read_json(manifest).get("fingerprint") == encoder.fingerprint
+    known = read_set(directory, encoder.fingerprint) if same else {}
+    if prompts and all(prompt in known for prompt in prompts):
+      return _gather([known[prompt] for prompt in prompts], encoder.dtype)
+  return encoder.encode(prompts)
 
 
 def check_set(encoder: PromptEncoder, directory: Path) -> None:
@@ -216,12 +245,22 @@ def check_set(encoder: PromptEncoder, directory: Path) -> None:
   )
 
 
-def read_set(directory: Path) -> dict[str, Embedding]:
-  """What a set holds, by prompt; damaged files are passed over."""
+def read_set(directory: Path, fingerprint: str) -> dict[str, Embedding]:
+  """What a set holds of an encoder's, by prompt.
+
+  Damaged files are passed over.
+
+  Args:
+    directory: of the set.
+    fingerprint: of the encoder.
+  """
   known: dict[str, Embedding] = {}
   for file in sorted(directory.glob("[!.]*.safetensors")):
     try:
-      known.update(_read_batch(file))
+      # Sets of earlier versions do not say it.
+      made_with = read_metadata(file).get(FINGERPRINT, fingerprint)
+      if made_with == fingerprint:
+        known.update(_read_batch(file))
     except (UserError, KeyError, ValueError) as error:
       logger.warning("%s is damaged, encoding again: %s", file, error)
   return known
@@ -244,18 +283,22 @@ def _encode_missing(
   for batch in encoder.encode_tokens(tokens, missing):
     if not done:  # nothing is written before the first batch is there
       directory.mkdir(parents=True, exist_ok=True)
+      check_set(encoder, directory)  # another writer may have been quicker
       text = json.dumps(_manifest(encoder), indent=2)
       write_text(directory / MANIFEST, text + "\n")
     count = len(batch.text)
     names = [prompts[i] for i in missing[done : done + count]]
-    _write_batch(directory, names, batch)
+    _write_batch(directory, names, batch, encoder.fingerprint)
     done += count
     if report is not None:
       report(done, len(missing))
 
 
 def _write_batch(
-  directory: Path, prompts: Sequence[str], batch: Conditioning
+  directory: Path,
+  prompts: Sequence[str],
+  batch: Conditioning,
+  fingerprint: str,
 ) -> None:
   """Writes n prompts' embeddings as one file."""
   kept = [_without_last_zeros(row) for row in batch.text]
@@ -273,9 +316,9 @@ def _write_batch(
   if batch.pooled is not None:
     tensors["pooled"] = batch.pooled
   tensors = {k: np.ascontiguousarray(v) for k, v in tensors.items()}
-  stem = hashlib.sha256(name).hexdigest()[:24]
+  stem = hashlib.sha256(fingerprint.encode() + name).hexdigest()[:24]
   with replacing(directory / f"{stem}.safetensors") as path:
-    save_file(tensors, path)
+    save_file(tensors, path, metadata={FINGERPRINT: fingerprint})
 
 
 def _without_last_zeros(row: np.ndarray) -> np.ndarray:

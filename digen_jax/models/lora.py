@@ -12,7 +12,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from digen_jax.errors import UserError
@@ -126,14 +125,6 @@ def merge_lora(params: Params, alpha: float) -> Params:
       kernel.dtype
     )
   return merged
-
-
-def merge_layer(
-  kernel: np.ndarray, a: np.ndarray, b: np.ndarray, alpha: float
-) -> np.ndarray:
-  """`merge_lora` of one layer, on the host: [in, out] of the kernel's dtype."""
-  update = (alpha / a.shape[-1]) * (a.astype(np.float32) @ b.astype(np.float32))
-  return (kernel.astype(np.float32) + update).astype(kernel.dtype)
 
 
 def split_trainable(params: Params, mode: str) -> tuple[Params, Params]:

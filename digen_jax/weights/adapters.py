@@ -15,7 +15,7 @@ import functools
 import json
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from digen_jax.grpo.train_step import join
 from digen_jax.models import Model, lora
 from digen_jax.models.layers import Params
 from digen_jax.weights import names, safetensors
-from digen_jax.weights.export import fresh_directory
-from digen_jax.weights.load import load_abstract
+from digen_jax.weights.export import fresh_directory, write_pipeline
+from digen_jax.weights.load import load_abstract, module_directory, read_json
 from digen_jax.weights.safetensors import Tensor
 
 FILE = "pytorch_lora_weights.safetensors"
@@ -65,7 +65,8 @@ def save_adapters(
 
   Args:
     directory: must be new or empty.
-    params: all of an adapted model's.
+    params: all of an adapted model's; but for the adapters they may be
+      `jax.ShapeDtypeStruct`s.
     class_name: diffusers' name of the transformer class.
     alpha: as given to `lora.adapt`.
 
@@ -75,6 +76,64 @@ def save_adapters(
   Raises:
     UserError: no adapters, or the directory is not empty.
   """
+  tensors = _to_tensors(params, class_name, alpha)
+  with fresh_directory(directory) as temporary:
+    safetensors_numpy.save_file(
+      {PREFIX + name: tensor for name, tensor in tensors.items()},
+      temporary / FILE,
+      metadata={"format": "pt"},
+    )
+  return len(tensors) // 2
+
+
+def merge_pipeline(
+  source: str | Path, directory: str | Path, params: Params, *, alpha: float
+) -> None:
+  """Writes a pipeline: `source` with adapters folded into its transformer.
+
+  Every tensor has the dtype that it has in `source`: the sums are taken in
+  float32, from the files of `source`, and then rounded to it. What has no
+  adapters is copied.
+
+  Args:
+    source: see `export.write_pipeline`.
+    directory: must be new or empty.
+    params: as for `save_adapters`.
+    alpha: as given to `lora.adapt`.
+
+  Raises:
+    UserError: no adapters, `source` is no pipeline or lacks adapted layers, or
+      the directory is not empty.
+  """
+  folder = module_directory(source, "transformer")
+  stored = safetensors.list_tensors(folder)
+  class_name = read_json(folder / "config.json")["_class_name"]
+  factors = _to_tensors(params, class_name, alpha)
+  modules = _modules(factors)
+  if unknown := [m for m in modules if f"{m}.weight" not in stored]:
+    raise UserError(
+      f"{folder} lacks {_some(unknown)}, which have adapters: give the "
+      "checkpoint that they were trained on"
+    )
+  write_pipeline(source, directory, _merged(stored, factors))
+
+
+def _merged(
+  stored: Mapping[str, Tensor], factors: Mapping[str, np.ndarray]
+) -> Iterator[tuple[str, np.ndarray]]:
+  """The tensors of a module with W + B A for W, one at a time."""
+  for name, tensor in stored.items():
+    weight, module = tensor.view(), name.removesuffix(".weight")
+    if f"{module}.lora_A.weight" in factors:
+      a, b = (factors[f"{module}.lora_{x}.weight"] for x in "AB")
+      weight = (weight.astype(np.float32) + b @ a).astype(weight.dtype)
+    yield name, weight
+
+
+def _to_tensors(
+  params: Params, class_name: str, alpha: float
+) -> dict[str, np.ndarray]:
+  """The portable form of a model's adapters, without the prefix."""
   tensors = {}
   for entry in _adapter_entries(params, class_name):
     leaf = functools.reduce(operator.getitem, entry.path, params)
@@ -82,12 +141,8 @@ def save_adapters(
     if entry.path[-1] == "lora_b":
       leaf = leaf * np.float32(alpha / leaf.shape[-2])
     for name, part in zip(entry.names, leaf if entry.stacked else [leaf]):
-      tensors[PREFIX + name] = np.ascontiguousarray(entry.to_theirs(part))
-  with fresh_directory(directory) as temporary:
-    safetensors_numpy.save_file(
-      tensors, temporary / FILE, metadata={"format": "pt"}
-    )
-  return len(tensors) // 2
+      tensors[name] = np.ascontiguousarray(entry.to_theirs(part))
+  return tensors
 
 
 def read_adapter_file(path: str | Path) -> AdapterFile:
@@ -279,7 +334,7 @@ def _check(found: AdapterFile, entries: list[names.Entry]) -> None:
       )
 
 
-def _modules(tensors: Iterator[str]) -> list[str]:
+def _modules(tensors: Iterable[str]) -> list[str]:
   return list(dict.fromkeys(name.rsplit(".", 2)[0] for name in tensors))
 
 

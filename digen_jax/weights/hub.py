@@ -11,6 +11,7 @@ from digen_jax.errors import UserError
 
 # owner/name, or owner/name@revision.
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w./-]+)?")
+COMMIT = re.compile(r"[0-9a-f]{40}")
 # Configurations, tokenizers, and the weights of a module or of a pipeline's
 # components: no pickles, no code, and not the single files that often lie
 # beside a pipeline, or in a folder of it. `*` matches slashes too.
@@ -43,6 +44,24 @@ def local_checkpoint(path: str | Path) -> Path:
   if path.exists() or not HUB_ID.fullmatch(name):
     raise UserError(f"checkpoint directory {name} does not exist")
   return _download(name)
+
+
+def pinned(name: str) -> str:
+  """A hub id with the commit it stands for now, as "owner/name@commit".
+
+  Its files are always the same. A directory of this machine is handed back.
+
+  Args:
+    name: see `local_checkpoint`.
+
+  Raises:
+    UserError: as `local_checkpoint`.
+  """
+  found = local_checkpoint(name)
+  # A snapshot's directory is named by its commit.
+  if Path(name).is_dir() or not COMMIT.fullmatch(found.name):
+    return name
+  return f"{name.partition('@')[0]}@{found.name}"
 
 
 @functools.cache

@@ -33,7 +33,7 @@ from digen_jax.models.layers import Params
 from digen_jax.weights import names, safetensors
 from digen_jax.weights.hub import local_checkpoint
 from digen_jax.weights.names import Entry, NameMap
-from digen_jax.weights.safetensors import Tensor
+from digen_jax.weights.safetensors import Tensor, component_files
 
 # What makes up a pipeline on disk: any one file of each tuple is enough.
 WEIGHTS = tuple(
@@ -342,7 +342,8 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
   Of weight files it reads the size and a megabyte at either end: names and
   shapes of all tensors, values of a few. Enough to notice another checkpoint
   of the same architecture without reading tens of gigabytes. Of a pipeline it
-  reads the components: what else lies beside them may be a run of ours.
+  reads the index and the components, of those what is loaded: what else lies
+  there, such as single files or other precisions, may come and go.
 
   Args:
     path: directory of a pipeline or a module.
@@ -352,12 +353,10 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
     UserError: either is missing.
   """
   path, digest = local_checkpoint(path), hashlib.sha256()
-  folders = [path]
+  folders, files = [path], []
   if (path / "model_index.json").exists():
-    index = read_json(path / "model_index.json")
-    listed = (name for name in index if isinstance(index[name], list))
-    folders += [path / name for name in dict.fromkeys((*CORE, *listed))]
-  files = [f for folder in folders for f in folder.glob("*")]
+    folders, files = component_folders(path), [path / "model_index.json"]
+  files += [f for folder in folders for f in component_files(folder)]
   for file in sorted(f for f in files if f.suffix in FINGERPRINTED):
     _digest(digest, file.relative_to(path).as_posix(), file)
   if lora:
@@ -368,6 +367,14 @@ def fingerprint(path: str | Path, lora: str | Path = "") -> str:
     for file in files:
       _digest(digest, "lora", file)
   return digest.hexdigest()
+
+
+def component_folders(path: Path) -> list[Path]:
+  """The components of a pipeline directory that are there."""
+  index = read_json(path / "model_index.json")
+  listed = (name for name in index if isinstance(index[name], list))
+  folders = [path / name for name in dict.fromkeys((*CORE, *listed))]
+  return [folder for folder in folders if folder.is_dir()]
 
 
 def _digest(digest: Any, name: str, file: Path) -> None:

@@ -33,6 +33,9 @@ DTYPES = {
 MAX_HEADER = 100_000_000
 METADATA = "__metadata__"
 STEMS = ("diffusion_pytorch_model", "model")
+INDEX = ".safetensors.index.json"
+# The same weights often lie side by side in several formats.
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".ckpt", ".gguf", ".h5", ".msgpack")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +97,7 @@ def find_files(directory: Path) -> list[Path]:
   """The safetensors files of a module directory; UserError if incomplete."""
   for stem in STEMS:
     single = directory / f"{stem}.safetensors"
-    index = directory / f"{stem}.safetensors.index.json"
+    index = directory / f"{stem}{INDEX}"
     if index.exists():
       return _sharded_files(index)
     if single.exists():
@@ -103,6 +106,28 @@ def find_files(directory: Path) -> list[Path]:
     f"{directory} has no {STEMS[0]}.safetensors (nor {STEMS[1]}.safetensors, "
     "nor an index of shards); save the checkpoint with safe_serialization=True"
   )
+
+
+def component_files(directory: Path) -> list[Path]:
+  """What makes up a component of a pipeline, sorted.
+
+  Of weights only what is read (`find_files`): others are the same in another
+  precision or format, and may come and go. A component without any that can
+  be read has all its files. Hidden files are left out.
+  """
+  found = [f for f in sorted(directory.iterdir()) if f.name[0] != "."]
+  try:
+    weights = find_files(directory)
+  except UserError:
+    return found
+  indices = [f"{stem}{INDEX}" for stem in STEMS]
+  return [
+    file
+    for file in found
+    if file in weights
+    or file.name in indices
+    or (file.suffix not in WEIGHT_SUFFIXES and ".index." not in file.name)
+  ]
 
 
 def read_header(file: Path) -> dict[str, Tensor]:
