@@ -243,13 +243,13 @@ def _packed(
   split: Split,
   techniques: Techniques,
 ) -> Split:
-  """The split with packs as `training.Run` cuts them to what fits."""
+  """The split with packs as `training.Run` cuts them: to what fits, or to 1."""
   if config.pipeline.timesteps_per_pack or not techniques.tsp:
     return split
   packs = [n for n in range(split.pack, 0, -1) if work.window % n == 0]
   cuts = [dataclasses.replace(split, pack=pack) for pack in packs]
   fit = (c for c in cuts if not why_not(table, work, c, techniques))
-  return next(fit, split)
+  return next(fit, cuts[-1])
 
 
 def plan_text(plan: Plan) -> str:
@@ -309,10 +309,11 @@ def _flops_text(plan: Plan) -> list[str]:
   """What a step computes, where that is known."""
   if not plan.tflop:
     return []
-  generate, train = plan.tflop["generate"], plan.tflop["train"]
+  factor, unit = (1e3, "PFLOP") if plan.tflop["train"] > 1e4 else (1, "TFLOP")
+  generate, train = (number(x / factor) for x in plan.tflop.values())
   return [
-    f"FLOPs of a step: {number(generate)} TFLOP generating, {number(train)} "
-    "training (no padding, nothing computed twice)"
+    f"FLOPs of a step: {generate} {unit} generating, {train} {unit} training "
+    "(no padding, nothing computed twice)"
   ]
 
 

@@ -192,8 +192,8 @@ def test_a_plan_says_what_a_step_computes_and_what_devices_hold():
   assert 0.1 < mfu < 0.5
   text = planning.plan_text(plan)
   assert f"MFU {mfu:.1%}" in text
-  shown = number(generate / 1e12)
-  assert f"FLOPs of a step: {shown} TFLOP generating" in text
+  shown = number(generate / 1e15)
+  assert f"FLOPs of a step: {shown} PFLOP generating" in text
   size = 4 * job.parameters / 2**30
   split = plan.split
   assert (
