@@ -22,6 +22,7 @@ from digen_jax.pipeline.planner import (
   Prediction,
   Techniques,
   equal_split,
+  fitting,
   predict,
 )
 from digen_jax.pipeline.splits import best_split, legal_sizes
@@ -29,6 +30,7 @@ from digen_jax.pipeline.units import Workload
 from digen_jax.program import Program
 
 WORTH = 0.02  # part of a step that another split must save: costs are noisy
+NOT_MEASURED = "the optimiser, the publish and the rewards count as nothing"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +50,10 @@ class Choice:
       f"{p.split.rollout} + {p.split.trainer} devices ({p.step_seconds:.2f} s)"
       for p in (self.best, self.equal)
     )
-    if self.best.split == self.equal.split:
-      return f"auto split: {best} is predicted to be the best"
-    return f"auto split: {best} is predicted to be better than {equal}"
+    said = "the best"
+    if self.best.split != self.equal.split:
+      said = f"better than {equal}"
+    return f"auto split: {best} is predicted to be {said} ({NOT_MEASURED})"
 
 
 def wanted(config: Config, devices: int) -> bool:
@@ -106,8 +109,8 @@ def choose(
 ) -> Choice:
   """The split with which a step is predicted to be shortest.
 
-  Optimiser and publish are not measured before a run has trained: they count
-  as nothing.
+  Optimiser, publish and rewards are not measured before a run has trained:
+  they count as nothing.
 
   Args:
     measured: on lanes that share the devices equally.
@@ -127,11 +130,18 @@ def choose(
 def compare(
   table: CostTable, work: Workload, pipeline: Pipeline, devices: int
 ) -> Choice:
-  """As `choose`, from a table of costs."""
-  equal, techniques = equal_split(work, devices), techniques_of(pipeline)
+  """As `choose`, from a table of costs.
+
+  A split that does not fit is not chosen: where the equal one does not, the
+  choice holds the best in its place.
+  """
+  techniques = techniques_of(pipeline)
   best = best_split(table, work, devices, techniques, resize=False)
-  before = predict(table, work, equal, techniques)
   after = predict(table, work, best, techniques)
+  equal = fitting(table, work, equal_split(work, devices), techniques)
+  if equal is None:
+    return Choice(after, after)
+  before = predict(table, work, equal, techniques)
   if after.step_seconds > (1 - WORTH) * before.step_seconds:
     after = before
   return Choice(after, before)

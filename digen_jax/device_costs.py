@@ -6,21 +6,29 @@ here and is part of what `assumptions` says.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 
 from digen_jax.errors import UserError
 from digen_jax.models import costs
 from digen_jax.models.costs import Cost, Ledger
 from digen_jax.pipeline.cost_table import CostTable, Rate, RoleCosts
+from digen_jax.throughput import UnitFlops, ledger_flops
 
 GIGA, TERA, GIB = 1e9, 1e12, 2.0**30
-ITEM = 2  # bytes of an element in bfloat16
-STATE = 16  # bytes of a trained parameter: weight, two moments, gradient
+TRAINED = 4  # bytes of a trained parameter, and of its gradient: float32
+# Bytes of a trained parameter that the lane with the state of training divides
+# among its devices: weight, two moments, the newest gradient and their sum.
+STATE = 20
 UPDATE_TRAFFIC = 28  # bytes read and written by AdamW per trained parameter
 USABLE = 0.9  # of a device's memory
 PER_DOUBLING = 0.9  # efficiency left when twice the devices share a row
 MOST_SHARDS = 16
+# Of the bfloat16 peak, what products in float32 reach: TF32 of NVIDIA's
+# devices. TPUs round their factors to bfloat16 unless told otherwise.
+FLOAT32 = 0.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,9 @@ class Job:
     lora_rank: of the adapters; 0 trains everything.
     reference: whether training also needs a forward pass of the reference
       policy (a KL term).
+    average: whether an average of the trained parameters is kept (EMA).
     remat: as in `layers.scan_blocks`.
+    itemsize: bytes of an element of what is computed, 2 (bfloat16) or 4.
     score_seconds: of the reward of a sample.
   """
 
@@ -87,7 +97,9 @@ class Job:
   passes: int = 1
   lora_rank: int = 0
   reference: bool = False
+  average: bool = False
   remat: str = "block"
+  itemsize: int = 2
   score_seconds: float = 0.1
 
   @property
@@ -106,9 +118,71 @@ class Job:
       for p in self.denoiser.blocks
     )
 
+  @property
+  def trained_bytes(self) -> int:
+    """Of the trained parameters, or of a gradient: float32 on every lane."""
+    return TRAINED * self.trained
+
+  @property
+  def frozen_bytes(self) -> int:
+    """Of the others, which are kept as they are computed with."""
+    return self.itemsize * self.parameters if self.lora_rank else 0
+
+  @property
+  def flops(self) -> UnitFlops:
+    """What units compute, without what is computed twice."""
+    return ledger_flops(
+      self.denoiser,
+      self.decoder,
+      num_steps=self.num_steps,
+      passes=self.passes,
+      lora=self.lora_rank > 0,
+      reference=self.reference,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+  """What a device of a lane holds while it trains, bytes.
+
+  Attributes:
+    usable: what there is.
+    weights: all that the lane computes with, or this device's part of them
+      where devices work on a row together.
+    gradient: of a Train unit, likewise.
+    reference: of the reference policy, likewise.
+    state: of training; the devices of the lane divide it. 0 on a lane that
+      does not hold it.
+    row: activations of a row.
+    shards: devices that work on a row together.
+  """
+
+  usable: float
+  weights: float
+  gradient: float
+  reference: float
+  state: float
+  row: float
+  shards: int
+
+  @property
+  def rows(self) -> float:
+    """Rows that would fit beside weights, gradient and reference."""
+    held = self.weights + self.gradient + self.reference
+    return (self.usable - held) / self.row
+
+  @property
+  def state_rows(self) -> float:
+    """Rows in whose room the state fits, on `shards` devices."""
+    return self.state / self.shards / self.row
+
 
 def ledger_table(
-  job: Job, rollout: Device, trainer: Device, devices: int
+  job: Job,
+  rollout: Device,
+  trainer: Device,
+  devices: int,
+  least: Mapping[str, int] = MappingProxyType({}),
 ) -> CostTable:
   """A cost table from ledgers.
 
@@ -116,105 +190,169 @@ def ledger_table(
     job: the model and how it is used.
     rollout: what generates.
     trainer: what trains; may be of the same kind.
-    devices: of both roles; half of them hold the state of training.
+    devices: of both roles.
+    least: by role, devices that share a row at least.
 
   Raises:
     UserError: the model does not fit into the devices' memory.
   """
-  slower = min(rollout, trainer, key=lambda device: device.tflops)
-  roles = [
-    _role(job, device, role, max(devices // parts, 1))
-    for role, device, parts in (
-      ("rollout", rollout, 2),
-      ("trainer", trainer, 2),
-      ("colocated", slower, 1),
-    )
-  ]
-  kinds = dict.fromkeys([rollout.name, trainer.name])
+  memory = memories(job, rollout, trainer, devices, least)
+  kinds = _kinds(rollout, trainer)
+  roles = {
+    role: _role(job, kinds[role], role, held) for role, held in memory.items()
+  }
+  names = dict.fromkeys([rollout.name, trainer.name])
   return CostTable(
-    *roles,
+    **roles,
     score=Rate(row=job.score_seconds),
-    source="ledgers, " + " and ".join(kinds),
+    source="ledgers, " + " and ".join(names),
   )
 
 
-def _role(job: Job, device: Device, role: str, devices: int) -> RoleCosts:
+def memories(
+  job: Job,
+  rollout: Device,
+  trainer: Device,
+  devices: int,
+  least: Mapping[str, int] = MappingProxyType({}),
+) -> dict[str, Memory]:
+  """What a device of each role holds, "rollout", "trainer", "colocated".
+
+  As many devices work on a row together as are needed for one row to fit where
+  half of all devices hold the state of training; on rollout lanes, too, so
+  that they can train.
+
+  Args:
+    job: as for `ledger_table`, and so are the others.
+    rollout: what generates.
+    trainer: what trains.
+    devices: of both roles.
+    least: by role, devices that share a row at least.
+
+  Raises:
+    UserError: not even `MOST_SHARDS` devices hold a row.
+  """
+  half = max(devices // 2, 1)
+  counts = {"rollout": half, "trainer": half, "colocated": devices}
+  return {
+    role: _memory(job, device, role, counts[role], least.get(role, 1))
+    for role, device in _kinds(rollout, trainer).items()
+  }
+
+
+def _kinds(rollout: Device, trainer: Device) -> dict[str, Device]:
+  """By role; a lane over both goes at the pace, and has the room, of less."""
+  slower = min(rollout, trainer, key=lambda device: device.tflops)
+  memory = min(rollout.memory, trainer.memory)
+  both = dataclasses.replace(slower, memory=memory)
+  return {"rollout": rollout, "trainer": trainer, "colocated": both}
+
+
+def _memory(
+  job: Job, device: Device, role: str, devices: int, least: int
+) -> Memory:
+  """With as few devices to a row as hold one, but not less than `least`."""
+  weights = job.frozen_bytes + job.trained_bytes
+  state = 0.0
+  if role != "rollout":
+    copies = job.average + job.reference
+    state = (STATE + TRAINED * copies) * job.trained
+  if role == "trainer":  # its part of what it gathers for every unit
+    state += job.frozen_bytes
+  if role == "colocated":  # what is published, beside what is gathered
+    weights += job.trained_bytes
+  # Every device of a row has its residual stream; blocks are divided.
+  item = job.itemsize
+  stream = costs.saved_bytes(job.denoiser, itemsize=item, remat="block")
+  inside = costs.saved_bytes(job.denoiser, itemsize=item, remat=job.remat)
+  block = costs.saved_bytes(job.denoiser, itemsize=item, remat="dots")
+  inside += block / job.denoiser.depth - stream
+  for shards in _degrees(job.denoiser, least):
+    found = Memory(
+      usable=USABLE * device.memory * GIB,
+      weights=weights / shards,
+      gradient=job.trained_bytes / shards,
+      reference=job.reference * job.trained_bytes / shards,
+      state=state,
+      row=job.passes * (stream + inside / shards),
+      shards=shards,
+    )
+    replicas = max(devices // shards, 1)
+    if found.rows - found.state_rows / replicas >= 1:
+      return found
+  raise UserError(
+    f"a model of {job.parameters / 1e9:.1f}e9 weights does not fit: of "
+    f"{device.memory:.0f} GiB on a {device.name}, shared by {shards} devices "
+    f"of a {role} lane of {devices}, weights and gradient take "
+    f"{(found.weights + found.gradient + found.reference) / GIB:.0f}, the "
+    f"state of training {state / max(devices, shards) / GIB:.0f} and one row "
+    f"{found.row / GIB:.0f} GiB; give more devices, larger ones, train "
+    "adapters (config.train.lora_rank), or keep less "
+    "(config.train.remat='block', config.dtype.compute='bfloat16')"
+  )
+
+
+def _degrees(denoiser: Ledger, least: int) -> list[int]:
+  """How many devices may share a row: they divide the attention heads."""
+  heads = max(a.heads for a in denoiser.attentions)
+  powers = [2**n for n in range(MOST_SHARDS.bit_length())]
+  more = [n for n in powers if least < n <= MOST_SHARDS and heads % n == 0]
+  return [least, *more]
+
+
+def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
   """What units cost on one role's layout.
 
   Rollout lanes hold all weights on every `shards` devices. Trainer lanes hold
-  a part each and gather the weights for every unit, without overlap.
+  a part each and gather the weights for every unit, without overlap; a
+  colocated lane gathers what it trains.
   """
-  weights, gradients = ITEM * job.parameters, 4 * job.trained
-  gather = weights / (device.link * GIGA)
-  reduce = gradients / (device.link * GIGA)
-  across = gradients / (device.network * GIGA)
-  whole = role == "rollout"
-  shards, max_rows = _fit(job, device, 0 if whole else devices)
+  shards = memory.shards
+  link = device.link * GIGA * shards  # devices of a row gather a part each
+  trained = job.trained_bytes / link
+  weights = trained + job.frozen_bytes / link
+  gathered = dict(rollout=0.0, trainer=weights, colocated=trained)[role]
+  if role != "rollout" and job.reference:
+    gathered += trained
+  across = job.trained_bytes / (device.network * GIGA)
   loss = PER_DOUBLING ** math.log2(shards)
 
-  forward = costs.forward(job.denoiser)
+  forward = costs.forward(job.denoiser, itemsize=job.itemsize)
   backward = costs.backward(
-    job.denoiser, remat=job.remat, lora=job.lora_rank > 0
+    job.denoiser,
+    itemsize=job.itemsize,
+    remat=job.remat,
+    lora=job.lora_rank > 0,
   )
   transition = forward * (2 if job.reference else 1) + backward
+  seconds = functools.partial(_seconds, job.itemsize, device)
+  generate = job.num_steps * job.passes * seconds(forward, device.generate)
+  train = job.passes * seconds(transition, device.train)
+  traffic = UPDATE_TRAFFIC + 2 * TRAINED * job.average
   return RoleCosts(
-    generate=Rate(
-      0.0 if whole else gather,
-      job.num_steps * job.passes * _seconds(forward, device, device.generate)
-      / loss,
+    generate=Rate(weights if role == "trainer" else 0.0, generate / loss),
+    # In float32 as well, which the part of the peak that it reaches allows for.
+    decode=Rate(
+      row=_seconds(2, device, costs.forward(job.decoder), device.decode)
     ),
-    decode=Rate(row=_seconds(costs.forward(job.decoder), device, device.decode)),
     train=Rate(
-      reduce + (across if whole else gather),
-      job.passes * _seconds(transition, device, device.train) / loss,
+      trained + (across if role == "rollout" else gathered), train / loss
     ),
-    update=Rate(row=UPDATE_TRAFFIC * job.trained / (device.bandwidth * GIGA)),
+    update=Rate(row=traffic * job.trained / (device.bandwidth * GIGA)),
     # Each device sends its part, and the receivers gather the parts.
-    publish=Rate(
-      (gather if not job.lora_rank else reduce / 2) if role != "colocated"
-      else 0.0,
-      ITEM * job.trained / (device.network * GIGA) if role != "colocated"
-      else 0.0,
-    ),
-    switch=Rate(0.0 if whole else gather),
+    publish=Rate(trained, 0.0 if role == "colocated" else across),
+    switch=Rate(weights if role == "trainer" else 0.0),
     shards=shards,
-    max_rows=max_rows,
-  )  # fmt: skip
-
-
-def _seconds(cost: Cost, device: Device, share: float) -> float:
-  """Limited by arithmetic, or by memory."""
-  return max(
-    cost.flops / (device.tflops * TERA * share),
-    cost.bytes / (device.bandwidth * GIGA),
+    max_rows=memory.rows,
+    state_rows=memory.state_rows,
   )
 
 
-def _fit(job: Job, device: Device, state_devices: int) -> tuple[int, int]:
-  """Devices that share a row, and rows of a Train unit that fit on them.
-
-  What is counted: all weights in bfloat16, the state of training divided among
-  the devices that hold it, what a backward pass keeps of a row, and what one
-  block works with.
-  """
-  state = STATE * job.trained / state_devices if state_devices else 0.0
-  row = costs.saved_bytes(job.denoiser, remat=job.remat)
-  row += costs.saved_bytes(job.denoiser, remat="dots") / job.denoiser.depth
-  row *= job.passes
-  shards = 1
-  while shards <= MOST_SHARDS:
-    # A lane that trains gathers all weights; sharded rollouts never do.
-    weights = ITEM * job.parameters / (1 if state_devices else shards)
-    left = USABLE * device.memory * GIB - weights - state
-    if left * shards >= row:
-      return shards, int(left * shards / row)
-    shards *= 2
-  raise UserError(
-    f"a model of {job.parameters / 1e9:.1f}e9 weights does not fit: of "
-    f"{device.memory:.0f} GiB on a {device.name}, weights take "
-    f"{ITEM * job.parameters / GIB:.0f}, the state of training "
-    f"{state / GIB:.0f} and one row {row / GIB:.0f} GiB; give more devices, "
-    "larger ones, or train adapters (config.train.lora_rank)"
+def _seconds(itemsize: int, device: Device, cost: Cost, share: float) -> float:
+  """Limited by arithmetic, or by memory."""
+  peak = device.tflops * TERA * (1.0 if itemsize == 2 else FLOAT32)
+  return max(
+    cost.flops / (peak * share), cost.bytes / (device.bandwidth * GIGA)
   )
 
 
@@ -223,16 +361,21 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
   forward = costs.forward(job.denoiser).flops / TERA
   decode = costs.forward(job.decoder).flops / TERA
   what = f"adapters of rank {job.lora_rank}" if job.lora_rank else "all weights"
+  compute = "bfloat16" if job.itemsize == 2 else "float32"
   lines = [
     f"denoiser: {job.parameters / 1e9:.1f}e9 weights, {forward:.0f} TFLOP a "
     f"forward pass, {job.passes} a step; decoding {decode:.0f} TFLOP; no text "
     "encoding (embeddings are cached)",
-    f"training: {what}, bfloat16 compute, AdamW in float32, recomputation "
-    f"{job.remat!r}" + (", with a reference policy" if job.reference else ""),
+    f"training: {what}, {compute} compute, what is trained and AdamW in "
+    f"float32, recomputation {job.remat!r}"
+    + (", with a reference policy" if job.reference else "")
+    + (", with averaged weights" if job.average else ""),
     f"reward: {job.score_seconds} s a sample on host threads",
   ]
   lines += [
-    f"{d.name}: {d.tflops:.0f} TFLOP/s dense bfloat16, of which denoising "
+    f"{d.name}: {d.tflops:.0f} TFLOP/s dense bfloat16, "
+    + ("" if job.itemsize == 2 else f"{FLOAT32:.0%} of it in float32, ")
+    + f"of which denoising "
     f"reaches {d.generate:.0%}, training {d.train:.0%}, decoding "
     f"{d.decode:.0%}; {d.memory:.0f} GiB at {d.bandwidth:.0f} GB/s, link "
     f"{d.link:.0f} GB/s, network {d.network:.0f} GB/s"
@@ -242,8 +385,11 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     *lines,
     "a trainer lane gathers the weights for every unit and reduces gradients "
     "after it, neither overlapped with compute; rollout lanes that train send "
-    "their gradients over the network; what these take of memory, 4 bytes a "
-    "trained weight, is not counted there",
+    "their gradients over the network",
+    f"memory: {USABLE:.0%} of a device, of which weights, a whole gradient on "
+    "every lane that trains, the state of training and activations are "
+    "counted, and neither the decoder nor what generating works with; devices "
+    "that share a row divide weights and gradient, but not the residual stream",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

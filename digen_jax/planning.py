@@ -11,21 +11,13 @@ from typing import Any
 from digen_jax import auto_split
 from digen_jax.atomic import write_text
 from digen_jax.config import Config
-from digen_jax.device_costs import DEVICES, Device, Job, assumptions
+from digen_jax.device_costs import GIB
 from digen_jax.errors import UserError
-from digen_jax.ladder import ladder_chart, ladder_rows, ladder_text
+from digen_jax.ladder import NAMES, ladder_chart, ladder_rows, ladder_text
 from digen_jax.ladder import prediction_panels as panels
 from digen_jax.metrics import format_seconds
-from digen_jax.models import costs, find_family, vae
-from digen_jax.models.published import MODELS, Published, find_model
-from digen_jax.models.vae.costs import DECODERS
 from digen_jax.page import page, section
-from digen_jax.pipeline.cost_table import (
-  CostTable,
-  read_table,
-  table_from_spans,
-  write_table,
-)
+from digen_jax.pipeline.cost_table import CostTable, write_table
 from digen_jax.pipeline.planner import (
   RUNGS,
   Prediction,
@@ -34,12 +26,14 @@ from digen_jax.pipeline.planner import (
   equal_split,
   ladder,
   predict,
+  why_not,
 )
 from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
+from digen_jax.plan_basis import ROLES, Basis, tensor_axis
 from digen_jax.svg import number
-from digen_jax.timeline import read_trace, write_trace
-from digen_jax.weights.load import module_directory, read_json
+from digen_jax.throughput import TERA
+from digen_jax.timeline import write_trace
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,126 +41,66 @@ class Plan:
   """What `launch/plan.py` prints and writes.
 
   Attributes:
-    table: what units cost.
+    basis: what it rests on.
     work: what a step consists of.
     devices: how many.
-    configured: the step of the config as it is.
-    rungs: the ladder on the config's split and unit sizes.
+    split: of the config.
+    configured: the step of the config as it is; None if it cannot be.
+    rungs: the ladder on the config's split and unit sizes, without what
+      cannot be.
+    unfit: why, a line by name of the rung, or "configured".
     best: the ladder where each rung has the split that serves it best.
-    assumed: what the costs rest on, a line each.
     steps: global steps of the run.
     price: of a device for an hour; 0 if it is not known.
   """
 
-  table: CostTable
+  basis: Basis
   work: Workload
   devices: int
-  configured: Prediction
+  split: Split
+  configured: Prediction | None
   rungs: Mapping[str, Prediction]
+  unfit: Mapping[str, str]
   best: Mapping[str, Prediction]
-  assumed: tuple[str, ...]
   steps: int
   price: float = 0.0
+
+  @property
+  def assumed(self) -> tuple[str, ...]:
+    """What the costs rest on, a line each."""
+    table = self.basis.table
+    one_size = () if table.resize else (ONE_SIZE,)
+    return (*(self.basis.assumed or (table.source,)), *one_size)
 
   @property
   def fastest(self) -> str:
     """The rung that is predicted to be the fastest."""
     return min(self.best, key=lambda rung: self.best[rung].step_seconds)
 
+  @property
+  def tflop(self) -> dict[str, float]:
+    """Of a step by kind, TFLOP; empty where it is not known."""
+    flops, samples = self.basis.flops, self.work.samples
+    if flops is None:
+      return {}
+    return {
+      "generate": samples * flops.sample / TERA,
+      "train": samples * self.work.window * flops.transition / TERA,
+    }
 
-# What units cost
-
-
-def job_of(config: Config, model: str = "") -> Job:
-  """The model of a config and how it is used.
-
-  Args:
-    config: the run.
-    model: name of a published model, where there is no checkpoint to read
-      sizes from.
-
-  Raises:
-    UserError: unknown model, or one without a ledger.
-  """
-  if model:
-    published = find_model(model)
-    transformer, autoencoder = published.transformer, published.autoencoder
-    sizes, decoder = published.transformer_config, published.autoencoder_config
-  else:
-    transformer, sizes = _read(config.checkpoint, "transformer", find_family)
-    autoencoder, decoder = _read(config.checkpoint, "vae", vae.find_family)
-    published = _like(transformer)
-  if transformer not in costs.DENOISERS or autoencoder not in DECODERS:
-    raise UserError(f"there is no ledger of {transformer} with {autoencoder}")
-  sampling = config.sampling
-  shape = _latent_shape(config, find_family(transformer).video, decoder)
-  text_length = sampling.text_length or published.text_length
-  return Job(
-    costs.DENOISERS[transformer](sizes, shape, text_length),
-    DECODERS[autoencoder](decoder, shape),
-    num_steps=sampling.num_steps,
-    passes=1 if sampling.guidance_scale == 1.0 else 2,
-    lora_rank=config.train.lora_rank,
-    reference=config.train.kl_weight > 0,
-    remat=config.train.remat,
-  )
+  def mfu(self, prediction: Prediction) -> float | None:
+    """Part of the devices' peak that a step reaches; None if not known."""
+    split, peaks = prediction.split, self.basis.peaks
+    if not self.tflop or not peaks:
+      return None
+    peak = split.rollout * peaks["rollout"] + split.trainer * peaks["trainer"]
+    return sum(self.tflop.values()) / prediction.step_seconds / peak
 
 
-def _read(checkpoint: str, component: str, find: Any) -> tuple[str, Any]:
-  raw = read_json(module_directory(checkpoint, component) / "config.json")
-  name = raw.get("_class_name", "")
-  return name, find(name).parse_config(raw)
-
-
-def _like(transformer: str) -> Published:
-  return next(m for m in MODELS.values() if m.transformer == transformer)
-
-
-def _latent_shape(config: Config, video: bool, decoder: Any) -> tuple[int, ...]:
-  sampling = config.sampling
-  shape = (
-    sampling.height // decoder.downscale,
-    sampling.width // decoder.downscale,
-    decoder.latent_channels,
-  )
-  if not video:
-    return shape
-  return ((sampling.num_frames - 1) // decoder.temporal_downscale + 1, *shape)
-
-
-def find_device(name: str) -> Device:
-  """A kind of device; UserError if its figures are not known."""
-  if name not in DEVICES:
-    raise UserError(
-      f"no figures of a device {name!r}: use one of {', '.join(DEVICES)}, or "
-      "give a table with --costs"
-    )
-  return DEVICES[name]
-
-
-def measured_table(timeline: str | Path) -> CostTable:
-  """The table of an earlier run, from its `timeline.json`.
-
-  The `config.json` beside it says how many devices its lanes had; without one
-  each had a single device.
-
-  Raises:
-    UserError: no such file, or no whole step in it.
-  """
-  path = Path(timeline)
-  if not path.exists():
-    raise UserError(f"--timeline={path} does not exist; name a timeline.json")
-  try:
-    spans = read_trace(path)
-  except (ValueError, KeyError, TypeError) as error:
-    raise UserError(f"{path} is not a timeline: {error!r}") from error
-  record = path.with_name("config.json")
-  meshes = read_json(record).get("meshes", {}) if record.exists() else {}
-  lanes = {span.lane for span in spans if span.name != "score"}
-  devices = {n: math.prod(meshes.get(n, {"": 1}).values()) for n in lanes}
-  shards = {n: meshes.get(n, {}).get("tensor", 1) for n in lanes}
-  source = f"measured, {path}"
-  return table_from_spans(spans, devices, shards=shards, source=source)
+ONE_SIZE = (
+  "units of one size were measured: they keep it, and their seconds are taken "
+  "to grow with the rows of a device"
+)
 
 
 def configured_split(config: Config, work: Workload, devices: int) -> Split:
@@ -187,8 +121,8 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   trainer = devices - rollout if trainer is None else trainer
   if rollout + trainer > devices:
     raise UserError(
-      f"config.mesh asks for {rollout} + {trainer} devices, but the plan is for "
-      f"{devices}: raise --devices, or leave config.mesh at 'auto'"
+      f"config.mesh asks for {rollout} + {trainer} devices, but the plan is "
+      f"for {devices}: raise --devices, or leave config.mesh at 'auto'"
     )
   return dataclasses.replace(split, rollout=rollout, trainer=trainer)
 
@@ -212,85 +146,174 @@ def _count(role: str, mesh: Any) -> int | None:
 def make_plan(
   config: Config,
   work: Workload,
-  table: CostTable,
+  basis: Basis,
   devices: int,
   *,
   most_lanes: int = 1,
   price: float = 0.0,
-  assumed: tuple[str, ...] = (),
 ) -> Plan:
   """Predicts the config as it is, the ladder, and the best splits.
 
   Args:
     config: the run.
     work: its `assemble.workload`.
-    table: what units cost.
+    basis: what units cost.
     devices: how many.
     most_lanes: rollout lanes that the devices may be divided among.
     price: of a device for an hour.
-    assumed: what the table rests on.
+
+  Raises:
+    UserError: the devices are fewer than the config asks for, or nothing fits
+      on them.
   """
+  table = basis.table
   if not config.pipeline.tsp:  # rungs that have it fold all trained steps
     work = dataclasses.replace(work, pack=work.window)
   split = configured_split(config, work, devices)
-  if auto_split.wanted(config, devices):
+  if auto_split.wanted(config, devices) and not basis.apart:
     choice = auto_split.compare(table, work, config.pipeline, devices)
-    split = choice.best.split
+    mesh = choice.mesh
+    split = dataclasses.replace(
+      split, rollout=mesh.rollout, trainer=mesh.trainer
+    )
+  techniques, rungs = _rungs(config, devices)
+  own, unfit = {}, {}
+  for name, rung in {**rungs, "configured": techniques}.items():
+    own[name] = _packed(config, table, work, split, rung)
+    reason = _axes_too_small(config, basis)
+    if reason := reason or why_not(table, work, own[name], rung):
+      unfit[name] = reason
+  fits = {name: rung for name, rung in rungs.items() if name not in unfit}
+  splits = best_splits(
+    table,
+    work,
+    devices,
+    rungs,
+    rollout=split.rollout if basis.apart else 0,
+    most_lanes=most_lanes,
+  )
+  return Plan(
+    basis=basis,
+    work=work,
+    devices=devices,
+    split=split,
+    configured=None
+    if "configured" in unfit
+    else predict(table, work, own["configured"], techniques),
+    rungs=ladder(table, work, own, fits) if fits else {},
+    unfit=unfit,
+    best=ladder(table, work, splits, rungs),
+    steps=config.steps,
+    price=price,
+  )
+
+
+def _rungs(
+  config: Config, devices: int
+) -> tuple[Techniques, dict[str, Techniques]]:
+  """What the config switches on, and the rungs of the ladder."""
   techniques = auto_split.techniques_of(config.pipeline)
   slots = config.pipeline.reward_slots
   rungs = {
     name: dataclasses.replace(rung, reward_slots=slots)
     for name, rung in RUNGS.items()
   }
-  if devices == 1:
-    techniques = dataclasses.replace(techniques, colocated=True)
-    rungs = {"colocated": rungs["colocated"]}
-  splits = best_splits(table, work, devices, rungs, most_lanes=most_lanes)
-  return Plan(
-    table=table,
-    work=work,
-    devices=devices,
-    configured=predict(table, work, split, techniques),
-    rungs=ladder(table, work, split, rungs),
-    best=ladder(table, work, splits, rungs),
-    assumed=assumed or (table.source,),
-    steps=config.steps,
-    price=price,
-  )
+  if devices > 1:
+    return techniques, rungs
+  alone = dataclasses.replace(techniques, colocated=True)
+  return alone, {"colocated": rungs["colocated"]}
+
+
+def _axes_too_small(config: Config, basis: Basis) -> str:
+  """Why devices of the config's own axes hold no row; "" if they do."""
+  for role in ROLES if basis.memory else ():
+    own, needed = tensor_axis(config, role), basis.table.role(role).shards
+    if own and own < needed:
+      return (
+        f"does not fit: a row of config.mesh.{role} is shared by {own} devices "
+        f"(its tensor axis), and {needed} are needed: give it that axis"
+      )
+  return ""
+
+
+def _packed(
+  config: Config,
+  table: CostTable,
+  work: Workload,
+  split: Split,
+  techniques: Techniques,
+) -> Split:
+  """The split with packs as `training.Run` cuts them: to what fits, or to 1."""
+  if config.pipeline.timesteps_per_pack or not techniques.tsp:
+    return split
+  packs = [n for n in range(split.pack, 0, -1) if work.window % n == 0]
+  cuts = [dataclasses.replace(split, pack=pack) for pack in packs]
+  fit = (c for c in cuts if not why_not(table, work, c, techniques))
+  return next(fit, cuts[-1])
 
 
 def plan_text(plan: Plan) -> str:
   """A plan for a terminal."""
   work, configured = plan.work, plan.configured
   best = plan.best[plan.fastest]
+  left_out = [
+    f"{NAMES.get(name, name)}: {reason}"
+    for name, reason in plan.unfit.items()
+    if name != "configured"
+  ]
+  ladders = [_text(plan.rungs)] if plan.rungs else []
   parts = [
-    f"{plan.devices:,} devices; {work.samples:,} samples a step ({work.groups:,} "
-    f"prompts × {work.group_size}), {work.window} steps of each trained",
+    f"{plan.devices:,} devices; {work.samples:,} samples a step "
+    f"({work.groups:,} prompts × {work.group_size}), {work.window} steps of "
+    "each trained",
     "costs:\n" + "\n".join(f"  {line}" for line in plan.assumed),
-    *_memory(plan.table),
-    f"as configured: {_describe(plan, configured)}",
-    "ladder, split and unit sizes of the config:\n" + _text(plan.rungs),
+    *_memory(plan),
+    *_flops_text(plan),
+    "as configured: "
+    + (_describe(plan, configured) if configured else plan.unfit["configured"]),
+    "ladder, split and unit sizes of the config:\n"
+    + "\n".join([*ladders, *left_out]),
     "ladder, each rung with the split that serves it best:\n"
     + _text(plan.best),
     f"best: {plan.fastest}, {_describe(plan, best)}\n  "
-    + as_flags(best.split, best.techniques),
+    + as_flags(best.split, best.techniques, plan.basis.table),
   ]
   return "\n\n".join(parts)
 
 
-def _memory(table: CostTable) -> list[str]:
-  """How many rows fit, where that is known."""
-  roles = {"rollout": table.rollout, "trainer": table.trainer}
-  if not all(role.max_rows for role in roles.values()):
-    return []
-  return [
-    "memory: a Train unit may have "
-    + ", ".join(
-      f"{role.max_rows} rows on every {role.shards} of the {name} devices"
-      if role.shards > 1
-      else f"{role.max_rows} rows on each {name} device"
-      for name, role in roles.items()
+def _memory(plan: Plan) -> list[str]:
+  """What devices hold on the config's split, where that is known, GiB."""
+  split, lines = plan.split, []
+  lanes = dict(rollout=split.rollout, trainer=split.trainer)
+  lanes["colocated"] = split.devices
+  for role, held in plan.basis.memory.items():
+    devices = max(lanes[role], held.shards)
+    room = plan.basis.table.role(role).room(devices)
+    parts = {
+      "weights": held.weights,
+      "gradient": held.gradient,
+      "reference": held.reference,
+      "state of training": held.state / devices,
+    }
+    shown = ", ".join(f"{n} {x / GIB:.1f}" for n, x in parts.items() if x)
+    shared = f", {held.shards} to a row" if held.shards > 1 else ""
+    lines.append(
+      f"  {role} ({devices} devices{shared}): {shown}, activations of a row "
+      f"{held.row / GIB:.1f}; of {held.usable / GIB:.1f}; a Train unit may "
+      f"have {room:,.0f} rows"
     )
+  return ["memory of a device, GiB:\n" + "\n".join(lines)] if lines else []
+
+
+def _flops_text(plan: Plan) -> list[str]:
+  """What a step computes, where that is known."""
+  if not plan.tflop:
+    return []
+  factor, unit = (1e3, "PFLOP") if plan.tflop["train"] > 1e4 else (1, "TFLOP")
+  generate, train = (number(x / factor) for x in plan.tflop.values())
+  return [
+    f"FLOPs of a step: {generate} {unit} generating, {train} {unit} training "
+    "(no padding, nothing computed twice)"
   ]
 
 
@@ -317,9 +340,11 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
   shown = ", ".join(f"{name} {part:.0%}" for name, part in busy.items())
   if len(busy) > 4:
     shown = f"{len(busy)} lanes, {low:.0%} to {high:.0%}"
+  mfu = plan.mfu(prediction)
   text = (
-    f"{number(prediction.step_seconds)} s a step ({lanes}; busy: {shown}); "
-    f"{format_seconds(whole)} for {plan.steps:,} steps"
+    f"{number(prediction.step_seconds)} s a step ({lanes}; busy: {shown}"
+    + (f"; MFU {mfu:.1%}" if mfu is not None else "")
+    + f"); {format_seconds(whole)} for {plan.steps:,} steps"
   )
   if plan.price:
     cost = whole / 3600 * plan.devices * plan.price
@@ -327,8 +352,13 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
   return text
 
 
-def as_flags(split: Split, techniques: Techniques) -> str:
+def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
   """Flags of `launch/train.py` that ask for a split and its techniques."""
+  trainer = "colocated" if techniques.colocated else "trainer"
+  meshes = {
+    "rollout": (split.rollout, "data", table.rollout.shards),
+    "trainer": (split.trainer, "fsdp", table.role(trainer).shards),
+  }
   mode = "colocated" if techniques.colocated else "disaggregated"
   values = {
     "pipeline.mode": mode,
@@ -337,13 +367,19 @@ def as_flags(split: Split, techniques: Techniques) -> str:
     "pipeline.tag": techniques.tag,
     "pipeline.rat": techniques.rat,
     "pipeline.tcss": techniques.tcss,
-    "mesh.rollout": split.rollout,
-    "mesh.trainer": split.trainer,
+    **{f"mesh.{role}": _mesh(*mesh) for role, mesh in meshes.items()},
     "pipeline.generate_size": split.generate_size,
     "pipeline.train_size": split.train_size,
     "pipeline.timesteps_per_pack": split.pack,
   }
   return " ".join(f"--config.{name}={value}" for name, value in values.items())
+
+
+def _mesh(devices: int, axis: str, shards: int) -> str:
+  """Of a role, as a flag has it."""
+  if shards == 1:
+    return str(devices)
+  return f"\"{{'{axis}':{devices // shards},'tensor':{shards}}}\""
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:
@@ -354,11 +390,14 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
       "step_seconds": prediction.step_seconds,
       "bound_seconds": prediction.bound_seconds,
       "busy_fraction": prediction.busy,
+      "mfu": plan.mfu(prediction),
       "split": dataclasses.asdict(prediction.split),
       "techniques": dataclasses.asdict(prediction.techniques),
     }
 
   def rungs(predictions: Mapping[str, Prediction]) -> dict[str, Any]:
+    if not predictions:
+      return {}
     return {
       row["rung"]: rung(predictions[row["rung"]]) | row
       for row in ladder_rows(*_ladder(predictions))
@@ -368,7 +407,12 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
     "devices": plan.devices,
     "samples": plan.work.samples,
     "assumptions": list(plan.assumed),
-    "configured": rung(plan.configured),
+    "tflop": plan.tflop,
+    "memory": {
+      role: dataclasses.asdict(held) for role, held in plan.basis.memory.items()
+    },
+    "does_not_fit": dict(plan.unfit),
+    "configured": rung(plan.configured) if plan.configured else None,
     "ladder": rungs(plan.rungs),
     "best": rungs(plan.best),
     "fastest": plan.fastest,
@@ -382,41 +426,38 @@ def write_plan(plan: Plan, out: str | Path) -> None:
   write_text(out / "plan.json", json.dumps(plan_dict(plan), indent=2) + "\n")
   write_text(out / "plan.html", plan_page(plan))
   write_trace(out / "timeline.json", plan.best[plan.fastest].spans)
-  write_table(out / "costs.json", plan.table)
+  write_table(out / "costs.json", plan.basis.table)
 
 
 def plan_page(plan: Plan) -> str:
   """A plan as a page: both ladders, and the timeline of every rung."""
   title = f"Plan for {plan.devices:,} devices"
-  best = plan.best[plan.fastest]
+  best, table = plan.best[plan.fastest], plan.basis.table
   header = (
     f"<header><h1>{title}</h1><p>{plan.work.samples:,} samples a step · "
-    f"{escape(plan.table.source)}</p></header>"
+    f"{escape(plan.basis.table.source)}</p></header>"
   )
   said = (
     f'<p class="note">{escape(_describe(plan, best))}</p>'
-    f"<pre>{escape(as_flags(best.split, best.techniques))}</pre>"
+    f"<pre>{escape(as_flags(best.split, best.techniques, table))}</pre>"
   )
   lines = "".join(f"<li>{escape(line)}</li>" for line in plan.assumed)
+  left_out = "".join(
+    f'<p class="note">{escape(f"{name}: {reason}")}</p>'
+    for name, reason in plan.unfit.items()
+  )
+  own = ""
+  if plan.rungs:
+    own = ladder_chart(*_ladder(plan.rungs)) + panels(plan.rungs)
+  facts = "\n".join([*_memory(plan), *_flops_text(plan)])
   parts = (
-    ("As configured", ladder_chart(*_ladder(plan.rungs)) + panels(plan.rungs)),
+    ("As configured", own + left_out),
     (
       "Each rung with the split that serves it best",
       ladder_chart(*_ladder(plan.best)) + said + panels(plan.best),
     ),
+    ("What it takes", f"<pre>{escape(facts)}</pre>") if facts else (),
     ("What the costs rest on", f'<ul class="facts">{lines}</ul>'),
   )
-  return page(title, header + "".join(section(*part) for part in parts))
-
-
-__all__ = [
-  "Plan",
-  "assumptions",
-  "find_device",
-  "job_of",
-  "make_plan",
-  "measured_table",
-  "plan_text",
-  "read_table",
-  "write_plan",
-]
+  shown = "".join(section(*part) for part in parts if part)
+  return page(title, header + shown)

@@ -158,14 +158,18 @@ class RunFiles:
     its last checkpoint is dropped, and will be written again."""
     self.workdir, self.config = workdir, config
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    placed = {
+      "devices": {n: h.device_kind for n, h in hardware.items()},
+      "meshes": {n: dict(h.shape) for n, h in hardware.items()},
+    }
     self._write_json(
       "config.json",
       {
         "config": to_dict(config),
         "versions": {name: metadata.version(name) for name in LIBRARIES},
         "python": platform.python_version(),
-        "devices": {n: h.device_kind for n, h in hardware.items()},
-        "meshes": {n: dict(h.shape) for n, h in hardware.items()},
+        **placed,
+        "placed_at_step": self._placed_at(placed, step),
       },
     )
     rows = truncate_metrics(workdir / "metrics.jsonl", step)
@@ -181,6 +185,15 @@ class RunFiles:
       for row in self._evaluations:
         if row["step"] == step:
           self._metrics.evaluation(step, row)
+
+  def _placed_at(self, placed: dict[str, Any], step: int) -> int:
+    """The first step that ran where this one does: a run may have moved."""
+    path = self.workdir / "config.json"
+    if not step or not path.exists():
+      return step
+    earlier = json.loads(path.read_text("utf-8"))
+    stayed = all(earlier.get(key) == value for key, value in placed.items())
+    return earlier.get("placed_at_step", 0) if stayed else step
 
   def _read_evaluations(self) -> list[dict[str, Any]]:
     path = self.workdir / "evaluation.json"

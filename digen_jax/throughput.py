@@ -68,16 +68,41 @@ def unit_flops(assembly: Assembly, text_len: int) -> UnitFlops | None:
   if denoiser not in costs.DENOISERS or decoder not in DECODERS:
     return None
   shape = recipe.latent_shape
-  ledger = costs.DENOISERS[denoiser](assembly.model.config, shape, text_len)
-  decode = DECODERS[decoder](assembly.autoencoder.config, shape)
-  forward = costs.forward(ledger).flops
-  backward = costs.backward(ledger, lora=config.train.lora_rank > 0).flops
-  passes = 1 if recipe.guidance_scale == 1.0 else 2
-  reference = forward if recipe.kl_weight else 0.0
+  return ledger_flops(
+    costs.DENOISERS[denoiser](assembly.model.config, shape, text_len),
+    DECODERS[decoder](assembly.autoencoder.config, shape),
+    num_steps=config.sampling.num_steps,
+    passes=1 if recipe.guidance_scale == 1.0 else 2,
+    lora=config.train.lora_rank > 0,
+    reference=recipe.kl_weight > 0,
+  )
+
+
+def ledger_flops(
+  denoiser: costs.Ledger,
+  decoder: costs.Ledger,
+  *,
+  num_steps: int,
+  passes: int,
+  lora: bool,
+  reference: bool,
+) -> UnitFlops:
+  """FLOPs of units.
+
+  Args:
+    denoiser: ledger of one forward pass of one sample.
+    decoder: ledger of decoding one sample.
+    num_steps: denoising steps of a sample.
+    passes: forward passes a step; 2 with classifier-free guidance.
+    lora: whether only adapters are trained.
+    reference: whether training needs a forward pass of the reference.
+  """
+  forward = costs.forward(denoiser).flops
+  transition = forward * (2 if reference else 1)
+  transition += costs.backward(denoiser, lora=lora).flops
   return UnitFlops(
-    sample=config.sampling.num_steps * passes * forward
-    + costs.forward(decode).flops,
-    transition=passes * (forward + backward + reference),
+    sample=num_steps * passes * forward + costs.forward(decoder).flops,
+    transition=passes * transition,
   )
 
 

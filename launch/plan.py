@@ -11,6 +11,8 @@ unit of each kind is measured here, on the devices of the config. With --out it
 leaves plan.html, plan.json, timeline.json and costs.json there.
 """
 
+import dataclasses
+import math
 import os
 import sys
 
@@ -38,7 +40,9 @@ _MFU = flags.DEFINE_float(
   "mfu", None, "--device: part of the peak that denoising and training reach."
 )
 _DEVICES = flags.DEFINE_integer(
-  "devices", None, "Number of devices; default: config.devices."
+  "devices",
+  None,
+  "Number of devices; default: those that were measured, or config.devices.",
 )
 _LANES = flags.DEFINE_integer(
   "rollout_lanes", 1, "Lanes the rollout devices may be divided among."
@@ -49,29 +53,29 @@ flags.mark_flags_as_mutual_exclusive(["costs", "timeline", "device"])
 
 
 def main() -> None:
-  from digen_jax import assemble, planning
-  from digen_jax.errors import UserError
+  from digen_jax import assemble, plan_basis, planning
 
+  _check_flags()
   config = _CONFIG.get()
-  devices = config.devices if _DEVICES.value is None else _DEVICES.value
-  if devices < 1:
-    raise UserError(f"--devices={devices}: a plan needs at least one")
   if _DEVICE.value:
-    table, assumed = _ledger(config, devices)
+    kinds = [_device(name) for name in (_DEVICE.value, _TRAINER.value) if name]
+    devices = _DEVICES.value or config.devices
+    basis = plan_basis.from_ledgers(
+      config, kinds[0], kinds[-1], devices, _MODEL.value
+    )
   elif _COSTS.value:
-    table, assumed = planning.read_table(_COSTS.value), ()
+    basis = plan_basis.from_file(config, _COSTS.value)
   elif _TIMELINE.value:
-    table, assumed = planning.measured_table(_TIMELINE.value), ()
+    basis = plan_basis.from_timeline(config, _TIMELINE.value)
   else:
-    table, assumed = _measured(config), NOT_MEASURED
+    basis = _measured(config)
   plan = planning.make_plan(
     config,
     assemble.workload(config),
-    table,
-    devices,
+    basis,
+    _DEVICES.value or basis.devices or config.devices,
     most_lanes=_LANES.value,
     price=_PRICE.value,
-    assumed=assumed,
   )
   print(planning.plan_text(plan))
   if _OUT.value:
@@ -80,15 +84,45 @@ def main() -> None:
           "costs.json")  # fmt: skip
 
 
-NOT_MEASURED = ("the optimiser and the publish cost nothing",)
+def _check_flags() -> None:
+  """Raises UserError for flags that would do nothing, or cannot be."""
+  from digen_jax.errors import UserError
+
+  for flag in (_MODEL, _MFU, _TRAINER):
+    if flag.value not in (None, "") and not _DEVICE.value:
+      raise UserError(
+        f"--{flag.name}={flag.value} does nothing without --device: name the "
+        "kind of device to plan for, such as --device=H100"
+      )
+  for flag in (_DEVICES, _LANES):
+    if flag.value is not None and flag.value < 1:
+      raise UserError(f"--{flag.name}={flag.value} must be at least 1")
+  if _MFU.value is not None and not 0 < _MFU.value <= 1:
+    raise UserError(
+      f"--mfu={_MFU.value:g} is a part of the peak, above 0 and at most 1: "
+      "give 0.4 for 40 %"
+    )
+  if not 0 <= _PRICE.value < math.inf:
+    raise UserError(
+      f"--price={_PRICE.value:g} is what a device costs an hour: give 0 or more"
+    )
+
+
+def _device(name):  # noqa: ANN001, ANN202
+  """A kind of device, as fast as --mfu says."""
+  from digen_jax import plan_basis
+
+  kind = plan_basis.find_device(name)
+  if _MFU.value is None:
+    return kind
+  return dataclasses.replace(kind, generate=_MFU.value, train=_MFU.value)
 
 
 def _measured(config):  # noqa: ANN001, ANN202
   """Costs of units that run here once the run is placed."""
-  import math
   import tempfile
 
-  from digen_jax import training
+  from digen_jax import auto_split, plan_basis, run_files, training
   from digen_jax.launching import start_devices
   from digen_jax.pipeline.cost_table import table_from_measured
 
@@ -97,45 +131,23 @@ def _measured(config):  # noqa: ANN001, ANN202
     run = training.Run(config, workdir)
     measured = run.measure()
     run.close()
-  meshes = {name: lane.shape for name, lane in run.hardware.items()}
-  return table_from_measured(
-    measured,
-    {name: math.prod(mesh.values()) for name, mesh in meshes.items()},
-    shards={name: mesh.get("tensor", 1) for name, mesh in meshes.items()},
-    roles={name: name for name in meshes},
-    source="measured here",
+  hardware = run.hardware
+  kinds = {name: lane.device_kind for name, lane in hardware.items()}
+  where = f"{run_files.describe(hardware)}; {', '.join(set(kinds.values()))}"
+  return plan_basis.Basis(
+    table_from_measured(
+      measured,
+      {name: lane.size for name, lane in hardware.items()},
+      shards={n: lane.shape.get("tensor", 1) for n, lane in hardware.items()},
+      roles={name: name for name in hardware},
+      source="measured here",
+    ),
+    assumed=(f"measured here: {where}", auto_split.NOT_MEASURED),
+    flops=run.flops,
+    peaks=plan_basis.peaks_of(kinds),
+    apart=len(set(kinds.values())) > 1,
+    devices=sum(lane.size for lane in hardware.values()),
   )
-
-
-def _ledger(config, devices):  # noqa: ANN001, ANN202
-  import dataclasses
-
-  from digen_jax import planning
-  from digen_jax.device_costs import ledger_table
-  from digen_jax.models.published import find_model
-
-  kinds = [
-    planning.find_device(name)
-    for name in (_DEVICE.value, _TRAINER.value or _DEVICE.value)
-  ]
-  if _MFU.value is not None:
-    parts = dict(generate=_MFU.value, train=_MFU.value)
-    kinds = [dataclasses.replace(kind, **parts) for kind in kinds]
-  sampling = config.sampling
-  if _MODEL.value:  # a config of another model knows nothing of its size
-    settings = find_model(_MODEL.value).settings
-    names = ("height", "width", "num_frames", "guidance_scale")
-    own = {name: getattr(settings, name) for name in names}
-    sampling = dataclasses.replace(sampling, **own)
-    config = dataclasses.replace(config, sampling=sampling)
-  size = f"{sampling.num_frames} x {sampling.height} x {sampling.width}"
-  job = planning.job_of(config, _MODEL.value)
-  table = ledger_table(job, *kinds, devices)
-  assumed = [
-    f"frames x height x width: {size}; guidance {sampling.guidance_scale}",
-    *planning.assumptions(job, kinds),
-  ]
-  return table, tuple(assumed)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """`mesh="auto"`: measured costs decide, and a resumed run keeps its split."""
 
+import dataclasses
 import json
 import types
 
@@ -8,7 +9,12 @@ import pytest
 from digen_jax import auto_split, training
 from digen_jax.config import Config, Mesh, Pipeline, from_config_dict
 from digen_jax.links import Hardware
-from digen_jax.pipeline.cost_table import Measured
+from digen_jax.pipeline.cost_table import (
+  CostTable,
+  Measured,
+  Rate,
+  RoleCosts,
+)
 from digen_jax.pipeline.units import Kind, Workload
 from digen_jax.program import Program
 from digen_jax.run_files import RunFiles
@@ -60,6 +66,40 @@ def test_a_gain_within_the_noise_moves_nothing(monkeypatch):
   monkeypatch.setattr(auto_split, "WORTH", 0.0)
   choice = auto_split.choose(costs, work, Pipeline(), 32)
   assert choice.mesh == Mesh(17, 15)
+
+
+def test_what_is_not_measured_is_said():
+  choice = auto_split.choose(measured(1, 1), WORK, Pipeline(), 8)
+  assert "the rewards count as nothing" in str(choice)
+
+
+def test_a_split_that_does_not_fit_is_not_chosen():
+  # Equal lanes would be best, but a trainer of four holds the state alone.
+  rollout = RoleCosts(generate=Rate(row=1.0), train=Rate(row=1.0))
+  trainer = dataclasses.replace(rollout, max_rows=30, state_rows=100)
+  table, work = CostTable(rollout, trainer), Workload(16, 24, 1)
+  choice = auto_split.compare(table, work, Pipeline(), 8)
+  assert choice.best == choice.equal
+  assert choice.mesh == Mesh(3, 5)  # 5 x (30 - 20) rows
+  free = dataclasses.replace(table, trainer=rollout)
+  choice = auto_split.compare(free, work, Pipeline(), 8)
+  assert choice.mesh == Mesh(4, 4)
+
+
+def test_a_run_that_moves_says_since_when(tmp_path):
+  def placed(step, **sizes):
+    hardware = {
+      name: Hardware({"data": n}, n, n, "cpu") for name, n in sizes.items()
+    }
+    RunFiles(tmp_path, Config(), hardware, step).close()
+    record = json.loads((tmp_path / "config.json").read_text())
+    return record["placed_at_step"]
+
+  assert placed(0, rollout=2, trainer=2) == 0
+  assert placed(5, rollout=2, trainer=2) == 0
+  assert placed(8, rollout=1, trainer=3) == 8
+  assert placed(9, rollout=1, trainer=3) == 8
+  assert placed(0, rollout=1, trainer=3) == 0
 
 
 def test_smaller_units_are_legal():

@@ -26,7 +26,7 @@ from digen_jax.models.published import find_model
 from digen_jax.models.vae.costs import DECODERS
 from digen_jax.page import page, section
 from digen_jax.pipeline.planner import RUNGS, Prediction, equal_split, ladder
-from digen_jax.pipeline.splits import best_splits
+from digen_jax.pipeline.splits import best_splits, fitting_start
 from digen_jax.pipeline.units import Workload
 
 COUNT = 32  # devices
@@ -107,14 +107,17 @@ def simulate_setup(
     fraction: of them that is trained.
     fleet: of `FLEETS`.
     fixed: half of the devices for each role and one group to a unit on every
-      rung; otherwise each rung has the split that serves it best.
+      rung, or as much of one to a Train unit as fits; otherwise each rung has
+      the split that serves it best.
   """
   window = round(fraction * num_steps)
   work = Workload(GROUPS, GROUP_SIZE, window, pack=window)
   kinds = [DEVICES[name] for name in FLEETS[fleet]]
   table = ledger_table(_job(family, num_steps), *kinds, COUNT)
   if fixed:
-    return ladder(table, work, equal_split(work, COUNT))
+    halves = [equal_split(work, COUNT)]
+    fits = {n: fitting_start(table, work, halves, t) for n, t in RUNGS.items()}
+    return ladder(table, work, fits)
   rollout = COUNT // 2 if kinds[0] != kinds[1] else 0
   return ladder(table, work, best_splits(table, work, COUNT, rollout=rollout))
 
@@ -199,8 +202,8 @@ def assumed() -> list[str]:
     "guidance with two passes for Qwen-Image and Wan, distilled for the others",
     "two kinds: 16 A100 generate, 16 H100 train; a colocated lane over both "
     "goes at the pace of the slower",
-    "each rung has the split and unit sizes that serve it best; colocated and "
-    "sequential may take all samples as one unit",
+    "each rung has the split and unit sizes that serve it best, of those that "
+    "fit; with a group a unit, Train units take what fits of one",
   ]
   kinds = [DEVICES[n] for names in FLEETS.values() for n in names]
   for family in FAMILIES:

@@ -56,8 +56,11 @@ class RoleCosts:
     publish: moving the weights to all others.
     switch: before a block of units that are not the lane's own work.
     shards: devices that work on a row together.
-    max_rows: of a Train unit on `shards` devices; more do not fit into memory.
-      0 means that nothing is known against any number.
+    max_rows: of a Train unit on `shards` devices, the state of training aside;
+      more do not fit into memory. 0 means that nothing is known against any
+      number.
+    state_rows: how many fewer where `shards` devices are a whole lane, which
+      holds the state of training. Larger lanes divide it.
   """
 
   generate: Rate = Rate()
@@ -67,7 +70,16 @@ class RoleCosts:
   publish: Rate = Rate()
   switch: Rate = Rate()
   shards: int = 1
-  max_rows: int = 0
+  max_rows: float = 0.0
+  state_rows: float = 0.0
+
+  def room(self, devices: int) -> float:
+    """Rows of a Train unit that fit on a lane of so many devices, or inf."""
+    if not self.max_rows:
+      return math.inf
+    replicas = max(devices // self.shards, 1)
+    each = math.floor(self.max_rows - self.state_rows / replicas)
+    return replicas * max(each, 0)
 
   def seconds(self, kind: Kind, rows: int, devices: int) -> float:
     """Of a unit on a lane of so many devices."""
@@ -91,6 +103,8 @@ class CostTable:
     colocated: on a lane that does both; None means as on the trainer.
     score: rows are samples; on a host thread.
     source: how the figures were come by, for people.
+    resize: whether units may have other sizes. Where only one was measured it
+      is not known what part of their seconds would stay.
   """
 
   rollout: RoleCosts
@@ -98,6 +112,7 @@ class CostTable:
   colocated: RoleCosts | None = None
   score: Rate = Rate()
   source: str = ""
+  resize: bool = True
 
   def role(self, name: str) -> RoleCosts:
     """The costs of "rollout", "trainer" or "colocated" lanes."""
@@ -190,9 +205,9 @@ def table_from_measured(
   """The table that units which ran agree with best.
 
   A kind measured in several sizes gives a fixed part and a part per row, by
-  least squares through the medians of the sizes; one size alone is taken to
-  grow with its rows. What a role never did costs the device-seconds that it
-  costs the other.
+  least squares through the medians of the sizes. One size alone is taken to
+  grow with its rows, and the table then says that units keep theirs. What a
+  role never did costs the device-seconds that it costs the other.
 
   Args:
     measured: units of one run, in any order. Those that compiled should be
@@ -238,12 +253,18 @@ def table_from_measured(
     for role in ("rollout", "trainer", "colocated")
   }
   both = own["colocated"] if "colocated" in degrees else None
+  sized = [
+    sizes
+    for (_, kind), sizes in points.items()
+    if kind in (Kind.GENERATE, Kind.TRAIN)
+  ]
   return CostTable(
     rollout=both or own["rollout"],
     trainer=both or own["trainer"],
     colocated=both,
     score=next((r for (_, k), r in rates.items() if k == Kind.SCORE), Rate()),
     source=source,
+    resize=all(len(sizes) > 1 for sizes in sized),
   )
 
 
@@ -339,19 +360,26 @@ def table_from_dict(values: Any, where: str = "cost table") -> CostTable:
     fields["score"] = _rate_from_dict(fields["score"], f"{where}: score")
   if not isinstance(fields.get("source", ""), str):
     raise UserError(f"{where}: source must be a text")
+  if not isinstance(fields.get("resize", True), bool):
+    raise UserError(f"{where}: resize must be true or false")
   return CostTable(**fields)
 
 
 def _role_from_dict(values: Any, where: str) -> RoleCosts:
   fields = _fields(values, RoleCosts, where)
   for name, value in fields.items():
-    if name not in ("shards", "max_rows"):
+    if name == "shards":
+      if type(value) is not int or value < 1:
+        raise UserError(
+          f"{where}.{name} must be a positive integer; got {value!r}"
+        )
+    elif name in ("max_rows", "state_rows"):
+      if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise UserError(
+          f"{where}.{name} must be a number of rows, 0 or more; got {value!r}"
+        )
+    else:
       fields[name] = _rate_from_dict(value, f"{where}.{name}")
-    elif type(value) is not int or value < (name == "shards"):
-      least = "positive" if name == "shards" else "non-negative"
-      raise UserError(
-        f"{where}.{name} must be a {least} integer; got {value!r}"
-      )
   for name in ("generate", "train"):
     if not (rate := fields.get(name)) or rate == Rate():
       raise UserError(

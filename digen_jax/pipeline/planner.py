@@ -172,10 +172,10 @@ def predict(
     techniques: what is on.
 
   Raises:
-    UserError: a lane has no device, rollout lanes cannot share their devices,
-      or the devices of a lane are fewer than work on one row together.
+    UserError: the split cannot be; see `why_not`.
   """
-  check(table, split, techniques)
+  if reason := why_not(table, work, split, techniques):
+    raise UserError(reason)
   work = cut(work, split, techniques)
   lanes, places = make_lanes(split, techniques)
   cost = lane_costs(table, places, full_sizes(work))
@@ -227,32 +227,85 @@ def ladder(
   }
 
 
-def check(table: CostTable, split: Split, techniques: Techniques) -> None:
-  """Raises UserError for a split that cannot be."""
-  if techniques.colocated:
-    sizes = {"colocated": split.devices}
-  elif split.rollout % split.rollout_lanes:
-    raise UserError(
+# What can be
+
+
+def why_not(
+  table: CostTable, work: Workload, split: Split, techniques: Techniques
+) -> str:
+  """Why a split cannot be, in a line; "" if it can.
+
+  A lane has no device, rollout lanes cannot share their devices, those of a
+  lane are no multiple of what works on a row together, or a Train unit does
+  not fit into the memory of a lane that may train.
+  """
+  if not techniques.colocated and split.rollout % split.rollout_lanes:
+    return (
       f"{split.rollout} rollout devices cannot be divided among "
       f"{split.rollout_lanes} lanes: take a divisor"
     )
-  else:
-    sizes = {
-      "rollout": split.rollout // split.rollout_lanes,
-      "trainer": split.trainer,
-    }
-  for role, count in sizes.items():
+  for role, count in _lane_sizes(split, techniques).items():
     shards = table.role(role).shards
     if count < 1:
-      raise UserError(
+      return (
         f"no device is left for the {role} lane: give more devices, or use "
         "config.pipeline.mode='colocated'"
       )
     if count % shards:
-      raise UserError(
+      return (
         f"{count} devices on a {role} lane: {shards} of them work on a row "
         f"together, so their number must be a multiple of {shards}"
       )
+  rows = full_sizes(cut(work, split, techniques))[Kind.TRAIN]
+  name, room = _least_room(table, split, techniques)
+  if room < 1:
+    return (
+      "not even one sample and one denoising step fits into the memory of the "
+      f"{name} lane: give it more devices, or more of them to a row (shards)"
+    )
+  if rows > room:
+    return (
+      f"does not fit: a Train unit has {rows:,} rows (samples x denoising "
+      f"steps), the {name} lane holds {room:,.0f}: take a smaller "
+      "config.pipeline.train_size or timesteps_per_pack, or more devices"
+    )
+  return ""
+
+
+def fitting(
+  table: CostTable, work: Workload, split: Split, techniques: Techniques
+) -> Split | None:
+  """The split with its packs cut to what fits; None if it cannot be."""
+  if techniques.tsp:
+    one = dataclasses.replace(split, pack=1)
+    rows = full_sizes(cut(work, one, techniques))[Kind.TRAIN]
+    _, room = _least_room(table, split, techniques)
+    pack = max(int(min(split.pack, room / rows)), 1)
+    split = dataclasses.replace(split, pack=pack)
+  return None if why_not(table, work, split, techniques) else split
+
+
+def _lane_sizes(split: Split, techniques: Techniques) -> dict[str, int]:
+  """Devices of a lane, by role."""
+  if techniques.colocated:
+    return {"colocated": split.devices}
+  rollout = split.rollout // split.rollout_lanes
+  return {"rollout": rollout, "trainer": split.trainer}
+
+
+def _least_room(
+  table: CostTable, split: Split, techniques: Techniques
+) -> tuple[str, float]:
+  """The lane that holds the smallest Train unit, and how many rows.
+
+  A Train unit may run on any lane that trains.
+  """
+  rooms = {
+    role: table.role(role).room(count)
+    for role, count in _lane_sizes(split, techniques).items()
+    if role != "rollout" or techniques.rat
+  }
+  return min(rooms.items(), key=lambda item: item[1])
 
 
 def _assists(

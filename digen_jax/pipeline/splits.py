@@ -11,15 +11,16 @@ from digen_jax.pipeline.planner import (
   RUNGS,
   Split,
   Techniques,
-  check,
   cut,
   equal_split,
+  fitting,
   make_lanes,
   predict,
+  why_not,
 )
 from digen_jax.pipeline.simulate import always, never
 from digen_jax.pipeline.steady import STEPS, stale_or_not, steady
-from digen_jax.pipeline.units import Kind, Workload, full_sizes
+from digen_jax.pipeline.units import Workload, full_sizes
 
 TRIAL_UNITS = 60_000  # simulated by `best_split`, about
 FINALISTS = 4  # that are looked at with a search at each bubble
@@ -59,9 +60,10 @@ def best_split(
 ) -> Split:
   """The split and unit sizes with which a step is predicted to be shortest.
 
-  Never worse, by its own prediction, than `equal_split`. Candidates are tried
-  in the order of a bound on what they can reach, most promising first; the
-  search ends when no other can be better, or its simulations are used up.
+  Never worse, by its own prediction, than `equal_split`, and never one that
+  does not fit (packs are cut to what does). Candidates are tried in the order
+  of a bound on what they can reach, most promising first; the search ends when
+  no other can be better, or its simulations are used up.
 
   Args:
     table: what units cost.
@@ -71,7 +73,8 @@ def best_split(
     rollout: devices that generate, where that is decided (two kinds of
       device); 0 lets the search choose.
     most_lanes: rollout lanes that the devices may be divided among.
-    resize: whether units may have other sizes than `work` gives them.
+    resize: whether units may have other sizes than `work` gives them, where
+      the table says that they can (`CostTable.resize`).
     also: splits to look at in any case.
 
   Raises:
@@ -79,11 +82,16 @@ def best_split(
   """
   start = equal_split(work, devices)
   shares = [rollout] if rollout else _shares(table, devices)
+  starts = [start]
   if shares and not techniques.colocated:
-    share = min(shares, key=lambda share: abs(share - devices // 2))
-    start = dataclasses.replace(start, rollout=share, trainer=devices - share)
-  start = _fitting_start(table, work, start, techniques)
-  cuts = _cuts(work, start) if resize else [start]
+    starts = [
+      dataclasses.replace(start, rollout=share, trainer=devices - share)
+      for share in sorted(shares, key=lambda share: abs(share - devices // 2))
+    ]
+  start = fitting_start(table, work, starts, techniques)
+  cuts = [dataclasses.replace(start, pack=starts[0].pack)]
+  if resize and table.resize:
+    cuts = _cuts(work, start)
   shares = [start.rollout] if rollout or techniques.colocated else shares
   options = _candidates(table, cuts, shares, work, techniques, most_lanes)
   reach = {s: _reach(table, work, s, techniques) for s in options}
@@ -96,7 +104,7 @@ def best_split(
     steps = sum(STEPS) if techniques.tcss else 1
     units -= steps * _count(work, split, techniques)
   finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
-  others = [_fitting(table, split, techniques) for split in also]
+  others = [fitting(table, work, split, techniques) for split in also]
   return min(
     dict.fromkeys((start, *finalists, *filter(None, others))),
     key=lambda s: predict(table, work, s, techniques).step_seconds,
@@ -169,7 +177,7 @@ def _candidates(
       rollout_lanes=lanes,
     )
     if techniques.colocated or share % (lanes * table.rollout.shards) == 0:
-      split = _fitting(table, split, techniques)
+      split = fitting(table, work, split, techniques)
       if split and _count(work, split, techniques) <= MOST_UNITS:
         yield split
 
@@ -211,37 +219,23 @@ def _spread(values: Sequence[int], most: int) -> list[int]:
   return [values[i * (len(values) - 1) // (most - 1)] for i in range(most)]
 
 
-def _fitting(
-  table: CostTable, split: Split, techniques: Techniques
-) -> Split | None:
-  """The split with its packs cut to what fits into memory; None if none does.
-
-  A Train unit may run on any lane that trains: the smallest counts.
-  """
-  lanes, places = make_lanes(split, techniques)
-  pack = split.pack if techniques.tsp else 1
-  for lane in bounds.own(lanes):
-    role = table.role(places[lane.name].role)
-    if role.max_rows and Kind.TRAIN in lane.kinds | lane.assists:
-      replicas = max(places[lane.name].devices // role.shards, 1)
-      pack = min(pack, role.max_rows * replicas // split.train_size)
-  if pack < 1:
-    return None
-  return dataclasses.replace(split, pack=pack) if techniques.tsp else split
-
-
-def _fitting_start(
-  table: CostTable, work: Workload, split: Split, techniques: Techniques
+def fitting_start(
+  table: CostTable,
+  work: Workload,
+  splits: Sequence[Split],
+  techniques: Techniques,
 ) -> Split:
-  """The split, or the one with the largest Train units that fit."""
-  check(table, split, techniques)
-  sizes = legal_sizes(work.group_size, work.groups // work.updates)
-  smaller = [n for n in sizes if n < split.train_size]
-  for size in (split.train_size, *reversed(smaller)):
-    trial = dataclasses.replace(split, train_size=size)
-    if fitting := _fitting(table, trial, techniques):
-      return fitting
-  raise UserError(
-    "not even one sample and one denoising step fits into the memory of a "
-    "lane that trains: give it more devices, or more of them to a row (shards)"
-  )
+  """The first of some splits that fits, with Train units as large as can be.
+
+  Raises:
+    UserError: on none of them do even the smallest.
+  """
+  own = splits[0].train_size
+  legal = legal_sizes(work.group_size, work.groups // work.updates)
+  for size in (own, *reversed([n for n in legal if n < own])):
+    for split in splits:
+      trial = dataclasses.replace(split, train_size=size)
+      if found := fitting(table, work, trial, techniques):
+        return found
+  last = dataclasses.replace(splits[0], train_size=size, pack=1)
+  raise UserError(why_not(table, work, last, techniques))

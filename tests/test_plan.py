@@ -1,0 +1,419 @@
+"""Plans: what a config would take, from ledgers and from what runs measured."""
+
+import dataclasses
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from digen_jax import plan_basis, planning
+from digen_jax.auto_split import techniques_of
+from digen_jax.config import from_config_dict
+from digen_jax.device_costs import DEVICES, ledger_table, memories
+from digen_jax.errors import UserError
+from digen_jax.models import costs as model_costs
+from digen_jax.pipeline.cost_table import (
+  CostTable,
+  Rate,
+  RoleCosts,
+  lane_costs,
+  read_table,
+  write_table,
+)
+from digen_jax.pipeline.planner import (
+  RUNGS,
+  Split,
+  cut,
+  make_lanes,
+  predict,
+  why_not,
+)
+from digen_jax.pipeline.scheduler import start_step
+from digen_jax.pipeline.simulate import simulate
+from digen_jax.pipeline.splits import best_split
+from digen_jax.pipeline.units import Kind, Workload
+from digen_jax.plan_basis import Basis
+from digen_jax.svg import number
+from digen_jax.timeline import Span, write_trace
+
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "launch" / "plan.py"
+CONFIG = ROOT / "configs" / "tiny_shapes.py"
+ROLE = RoleCosts(
+  generate=Rate(0.1, 6.0),
+  train=Rate(0.1, 1.0),
+  update=Rate(0.2),
+  publish=Rate(0.2),
+  switch=Rate(0.1),
+)
+TABLE = CostTable(ROLE, ROLE, score=Rate(0.01))
+WORK = Workload(groups=8, group_size=4, window=4, pack=4)
+
+
+def small_config(**pipeline):
+  return from_config_dict(
+    {
+      "batch": {"prompts": 4, "group_size": 8},
+      "sampling": {
+        "num_steps": 20,
+        "window": 8,
+        "height": 1024,
+        "width": 1024,
+      },
+      "train": {"remat": "block"},
+      "dtype": {"compute": "bfloat16"},
+      "pipeline": pipeline,
+    }
+  )
+
+
+H100 = DEVICES["H100"]
+
+
+def test_ledgers_and_figures_of_a_device_come_to_seconds():
+  job = plan_basis.job_of(small_config(), "flux-dev")
+  table = ledger_table(job, H100, H100, 16)
+  flops = model_costs.forward(job.denoiser).flops
+  assert flops == pytest.approx(74.4e12, rel=1e-3)
+  # Two devices hold a copy and a gradient in float32, four the state as well.
+  assert (table.rollout.shards, table.trainer.shards) == (2, 4)
+  assert table.rollout.generate.row == pytest.approx(
+    20 * flops / (989e12 / 2) / 0.9
+  )
+  # Forward, recomputation but for the ends, and twice the forward.
+  assert table.trainer.train.row == pytest.approx(
+    4 * flops / (989e12 * 0.4) / 0.9**2, rel=0.01
+  )
+  # What is published is float32, and each device sends its part.
+  weights = 4 * job.parameters
+  assert table.trainer.publish.row == pytest.approx(weights / 50e9)
+  assert table.trainer.generate.fixed == pytest.approx(weights / 450e9 / 4)
+  assert table.rollout.generate.fixed == 0
+  lora = dataclasses.replace(job, lora_rank=16)
+  small = ledger_table(lora, H100, H100, 16)
+  assert small.trainer.shards == 1
+  assert small.trainer.train.row < table.trainer.train.row
+  assert small.trainer.publish.fixed < 0.1 * table.trainer.publish.fixed
+  assert small.trainer.room(8) > table.trainer.room(8)
+  with pytest.raises(UserError, match=r"11\.9e9 weights does not fit"):
+    ledger_table(job, DEVICES["TPU v5e"], DEVICES["TPU v5e"], 16)
+
+
+def test_computing_in_float32_is_slower_and_larger():
+  job = plan_basis.job_of(small_config(), "flux-dev")
+  job = dataclasses.replace(job, lora_rank=16)
+  wide = dataclasses.replace(job, itemsize=4)
+  tables = [ledger_table(j, H100, H100, 32) for j in (job, wide)]
+  for role in ("rollout", "trainer"):
+    half, full = (table.role(role) for table in tables)
+    assert half.shards == full.shards == 1
+    assert full.generate.row == pytest.approx(2 * half.generate.row)
+    assert full.train.row == pytest.approx(2 * half.train.row)
+  memory = [memories(j, H100, H100, 32) for j in (job, wide)]
+  half, full = (m["trainer"] for m in memory)
+  frozen, adapters = job.parameters, 4 * job.trained
+  assert half.weights == 2 * frozen + adapters
+  assert full.weights == 4 * frozen + adapters
+  assert full.row == pytest.approx(2 * half.row)
+
+
+def test_memory_counts_copies_as_lanes_hold_them():
+  job = plan_basis.job_of(small_config(), "sd3.5-medium")
+  size = 4 * job.parameters  # float32
+  plain = memories(job, H100, H100, 16)
+  assert {m.shards for m in plain.values()} == {1}
+  assert plain["rollout"].weights == plain["trainer"].weights == size
+  # What it publishes is beside what it gathers.
+  assert plain["colocated"].weights == 2 * size
+  assert {m.gradient for m in plain.values()} == {size}
+  # Weights, two moments, two gradients.
+  assert [m.state / size for m in plain.values()] == [0, 5, 5]
+  more = dataclasses.replace(job, average=True, reference=True)
+  found = memories(more, H100, H100, 16)
+  assert [m.state / size for m in found.values()] == [0, 7, 7]
+  assert {m.reference for m in found.values()} == {size}
+  assert found["trainer"].rows < plain["trainer"].rows
+  lora = dataclasses.replace(more, lora_rank=8)
+  found = memories(lora, H100, H100, 16)["trainer"]
+  frozen, adapters = 2 * job.parameters, 4 * lora.trained
+  assert found.weights == frozen + adapters
+  assert found.state == pytest.approx(7 * adapters + frozen)
+  assert found.gradient == found.reference == adapters
+
+
+def test_a_residual_stream_is_whole_on_every_device_of_a_row():
+  job = plan_basis.job_of(small_config(), "sd3.5-medium")
+  one = memories(job, H100, H100, 16)["rollout"]
+  four = memories(job, H100, H100, 16, {"rollout": 4})["rollout"]
+  stream = job.passes * model_costs.saved_bytes(job.denoiser, remat="block")
+  assert four.shards == 4 and four.weights == one.weights / 4
+  assert four.row - stream == pytest.approx((one.row - stream) / 4)
+  assert four.row > stream > 0.5 * one.row
+
+
+def ledger_plan(config, devices=16, model="flux-dev", **options):
+  basis = plan_basis.from_ledgers(config, H100, H100, devices, model)
+  work = Workload(4, 8, 8, pack=config.pipeline.timesteps_per_pack or 8)
+  return planning.make_plan(config, work, basis, devices, **options)
+
+
+def test_a_plan_and_its_files(tmp_path):
+  config = small_config(tag=True, rat=True, tcss=0.5)
+  assert techniques_of(config.pipeline) == RUNGS["tcss"]
+  plan = ledger_plan(config, price=2.0)
+  text = planning.plan_text(plan)
+  assert f"best: {plan.fastest}" in text and "at 2 a device hour" in text
+  planning.write_plan(plan, tmp_path)
+  written = json.loads((tmp_path / "plan.json").read_text())
+  assert list(written["ladder"]) == list(RUNGS)
+  best = written["best"][written["fastest"]]
+  assert best["step_seconds"] <= written["configured"]["step_seconds"]
+  assert read_table(tmp_path / "costs.json") == plan.basis.table
+  page = (tmp_path / "plan.html").read_text()
+  assert page.count('class="panel"') == 2 * len(RUNGS)
+  trace = json.loads((tmp_path / "timeline.json").read_text())
+  assert any(e["name"] == "generate" for e in trace["traceEvents"])
+
+
+def test_a_plan_says_what_a_step_computes_and_what_devices_hold():
+  plan = ledger_plan(small_config())
+  job = plan_basis.job_of(small_config(), "flux-dev")
+  forward = model_costs.forward(job.denoiser).flops
+  decode = model_costs.forward(job.decoder).flops
+  # 32 samples of 20 steps, 8 of them trained: forward, and twice that.
+  generate, train = 32 * (20 * forward + decode), 32 * 8 * 3 * forward
+  assert plan.tflop["generate"] == pytest.approx(generate / 1e12)
+  assert plan.tflop["train"] == pytest.approx(train / 1e12)
+  seconds = plan.configured.step_seconds
+  mfu = (generate + train) / seconds / (16 * 989e12)
+  assert plan.mfu(plan.configured) == pytest.approx(mfu)
+  assert 0.1 < mfu < 0.5
+  text = planning.plan_text(plan)
+  assert f"MFU {mfu:.1%}" in text
+  shown = number(generate / 1e15)
+  assert f"FLOPs of a step: {shown} PFLOP generating" in text
+  size = 4 * job.parameters / 2**30
+  split = plan.split
+  assert (
+    f"trainer ({split.trainer} devices, 4 to a row): weights {size / 4:.1f}, "
+    f"gradient {size / 4:.1f}, state of training {5 * size / split.trainer:.1f}"
+  ) in text
+  assert "'tensor':4" in text  # the flags ask for what the plan assumes
+
+
+def test_a_config_that_does_not_fit_is_told_and_not_timed():
+  config = small_config(timesteps_per_pack=8)
+  plan = ledger_plan(config)
+  said = plan.unfit["configured"]
+  assert "a Train unit has 64 rows" in said and "holds" in said
+  assert plan.configured is None and "tsp" not in plan.rungs
+  text = planning.plan_text(plan)
+  assert f"as configured: {said}\n" in text
+  assert "+ TSP: does not fit" in text
+  for name, best in plan.best.items():
+    assert why_not(plan.basis.table, plan.work, best.split, RUNGS[name]) == ""
+  assert planning.plan_dict(plan)["configured"] is None
+  # Left to the run, packs are cut to what divides the trained steps and fits.
+  tight = dataclasses.replace(ROLE, max_rows=26)
+  table = CostTable(tight, tight)
+  work = Workload(4, 8, 8, pack=8)
+  plan = planning.make_plan(small_config(), work, Basis(table), 2)
+  assert plan.configured.split.pack == 2  # 3 would fit
+  assert plan.rungs["tsp"].split.pack == 2
+
+
+def test_a_mesh_that_holds_no_row_is_told():
+  config = small_config()
+  mesh = dataclasses.replace(config.mesh, rollout=8, trainer=8)
+  plan = ledger_plan(dataclasses.replace(config, mesh=mesh))
+  assert "a row of config.mesh.rollout is shared by 1" in str(plan.unfit)
+  assert plan.configured is None and not plan.rungs
+  assert plan.best
+  mesh = dataclasses.replace(
+    mesh, rollout={"data": 2, "tensor": 4}, trainer={"fsdp": 2, "tensor": 4}
+  )
+  plan = ledger_plan(dataclasses.replace(config, mesh=mesh))
+  assert plan.basis.table.rollout.shards == 4
+  assert not plan.unfit and plan.configured.split.rollout == 8
+
+
+def test_two_kinds_of_device_keep_their_roles():
+  slow = dataclasses.replace(ROLE, generate=Rate(0.0, 40.0))
+  table = CostTable(slow, slow)
+  work = dataclasses.replace(WORK, generate_size=16)
+  for apart in (False, True):
+    basis = Basis(table, apart=apart)
+    plan = planning.make_plan(small_config(), work, basis, 8)
+    halves = [p.split.rollout == 4 for p in plan.best.values()]
+    assert all(halves[1:]) == apart
+    assert (plan.configured.split.rollout == 4) == apart
+  basis = plan_basis.from_ledgers(
+    small_config(), DEVICES["A100"], H100, 32, "sd3.5-medium"
+  )
+  assert basis.apart and basis.peaks == {"rollout": 312, "trainer": 989}
+
+
+def timeline_of(path, **record):
+  """A run of three steps, and what it wrote about its lanes."""
+  spans = []
+  for step in range(3):
+    at, seconds = {"step": step}, 1.0 + (step < 2)  # the last on other lanes
+    spans += [
+      Span("generate", "rollout", 0.0, seconds, at | {"size": 8}),
+      Span("train", "trainer", 0.0, seconds, at | {"size": 16}),
+      Span("update", "trainer", 0.0, 0.5, at | {"size": 0}),
+      Span("score", "host", 0.0, 0.8, at | {"size": 8}),
+    ]
+  write_trace(path / "timeline.json", spans)
+  meshes = {"rollout": {"data": 2}, "trainer": {"fsdp": 4}}
+  (path / "config.json").write_text(json.dumps({"meshes": meshes} | record))
+  return plan_basis.from_timeline(small_config(), path / "timeline.json")
+
+
+def test_units_measured_in_one_size_keep_it(tmp_path):
+  basis = timeline_of(tmp_path)
+  assert not basis.table.resize and basis.devices == 6
+  work = Workload(4, 8, 2, generate_size=8, train_size=8, pack=2)
+  plan = planning.make_plan(small_config(), work, basis, 6)
+  for prediction in plan.best.values():
+    split = prediction.split
+    assert (split.generate_size, split.train_size) == (8, 8)
+  assert planning.ONE_SIZE in plan.assumed
+  assert planning.ONE_SIZE in planning.plan_text(plan)
+  write_table(tmp_path / "costs.json", basis.table)
+  assert not read_table(tmp_path / "costs.json").resize
+  # With the fixed part free to vanish, units would be as small as they get.
+  free = dataclasses.replace(basis.table, resize=True)
+  assert best_split(free, work, 6, RUNGS["tsp"]).train_size < 8
+
+
+def test_a_run_that_moved_counts_from_where_it_is(tmp_path):
+  both = timeline_of(tmp_path).table
+  moved = timeline_of(tmp_path, placed_at_step=2).table
+  assert both.rollout.generate == Rate(0.0, 2 / 4)
+  assert moved.rollout.generate == Rate(0.0, 1 / 4)
+  with pytest.raises(UserError, match="holds no generate unit"):
+    timeline_of(tmp_path, placed_at_step=3)
+  with pytest.raises(UserError, match="holds no generate unit"):
+    timeline_of(tmp_path, meshes={"colocated": {"fsdp": 2}})
+
+
+def test_the_devices_of_an_earlier_run(tmp_path):
+  kinds = {"rollout": "NVIDIA A100-SXM4-80GB", "trainer": "NVIDIA H100 PCIe"}
+  basis = timeline_of(tmp_path, devices=kinds)
+  assert basis.apart and basis.peaks == {"rollout": 312, "trainer": 756}
+  basis = timeline_of(tmp_path, devices=dict.fromkeys(kinds, "cpu"))
+  assert not basis.apart and basis.peaks == {}
+  assert plan_basis.peaks_of({"colocated": "TPU v4"})["trainer"] == 275
+
+
+def start(*args):
+  return subprocess.run(
+    [sys.executable, SCRIPT, f"--config={CONFIG}", *args],
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+
+
+def test_a_plan_as_users_start_it(tmp_path):
+  done = start(
+    "--device=H100",
+    "--devices=8",
+    "--price=2.5",
+    "--config.batch.prompts=2",
+    "--config.batch.group_size=4",
+    "--config.pipeline.generate_size=4",
+    "--config.pipeline.train_size=4",
+    f"--out={tmp_path / 'plan'}",
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.startswith("8 devices; 8 samples a step")
+  for said in ("memory of a device", "FLOPs of a step", "MFU", "best: "):
+    assert said in done.stdout
+  written = json.loads((tmp_path / "plan" / "plan.json").read_text())
+  assert written["does_not_fit"] == {}
+
+
+@pytest.mark.parametrize(
+  ("args", "said"),
+  [
+    (
+      ["--model=wan2.1-14b"],
+      "--model=wan2.1-14b does nothing without --device",
+    ),
+    (["--device=H100", "--mfu=40"], "--mfu=40 is a part of the peak"),
+    (["--device=H100", "--mfu=0"], "--mfu=0 is a part of the peak"),
+    (["--price=-1"], "--price=-1 is what a device costs an hour"),
+    (["--rollout_lanes=0"], "--rollout_lanes=0 must be at least 1"),
+  ],
+)
+def test_flags_that_do_nothing_or_cannot_be(args, said):
+  done = start(*args)
+  assert done.returncode == 2
+  assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_plans_for_one_device_and_for_too_many(tmp_path):
+  config = small_config()
+  plan = planning.make_plan(config, WORK, Basis(TABLE), 1)
+  assert plan.fastest == "colocated"
+  config = from_config_dict({"mesh": {"rollout": 6, "trainer": {"fsdp": 4}}})
+  with pytest.raises(UserError, match=r"6 \+ 4 devices"):
+    planning.make_plan(config, WORK, Basis(TABLE), 8)
+  config = from_config_dict({"mesh": {"rollout": "six"}})
+  with pytest.raises(UserError, match=r"mesh\.rollout takes a device count"):
+    planning.make_plan(config, WORK, Basis(TABLE), 8)
+  with pytest.raises(UserError, match="no figures of a device"):
+    plan_basis.find_device("H10")
+  with pytest.raises(UserError, match="no published model"):
+    plan_basis.job_of(config, "flux")
+
+
+def test_a_tensor_parallel_timeline_is_read_as_one(tmp_path):
+  at = {"step": 0}
+  spans = [
+    Span("generate", "rollout", 0.0, 1.0, at | {"size": 8}),
+    Span("train", "trainer", 1.0, 2.0, at | {"size": 8}),
+    Span("update", "trainer", 2.0, 2.5, at | {"size": 0}),
+  ]
+  path = tmp_path / "timeline.json"
+  write_trace(path, spans)
+  meshes = {"rollout": {"data": 2}, "trainer": {"fsdp": 2, "tensor": 4}}
+  (tmp_path / "config.json").write_text(json.dumps({"meshes": meshes}))
+  table = plan_basis.from_timeline(small_config(), path).table
+  assert (table.rollout.shards, table.trainer.shards) == (1, 4)
+  assert table.trainer.seconds(Kind.TRAIN, 8, 8) == pytest.approx(1.0)
+  assert table.trainer.seconds(Kind.TRAIN, 1, 8) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize(
+  "tsp, pack, trained", [(True, 1, 1), (True, 2, 2), (False, 1, 8)]
+)
+def test_packs_are_planned_as_configured(tsp, pack, trained):
+  config = small_config(tsp=tsp, timesteps_per_pack=pack, reward_slots=3)
+  work = Workload(4, 8, 8, pack=pack)
+  plan = planning.make_plan(config, work, Basis(TABLE), 2)
+  assert plan.rungs["tsp"].split.pack == trained
+  assert plan.rungs["tsp"].techniques.reward_slots == 3
+  assert plan.configured.split.pack == trained
+
+
+def test_a_timeline_file_and_its_devices(tmp_path):
+  techniques, split = RUNGS["tsp"], Split(2, 4, 4, 4, 4)
+  lanes, places = make_lanes(split, techniques)
+  state = start_step(cut(WORK, split, techniques), 0)
+  spans = simulate(state, lanes, lane_costs(TABLE, places))
+  path = tmp_path / "timeline.json"
+  write_trace(path, spans)
+  meshes = {"rollout": {"data": 2}, "trainer": {"fsdp": 4, "tensor": 1}}
+  (tmp_path / "config.json").write_text(json.dumps({"meshes": meshes}))
+  table = plan_basis.from_timeline(small_config(), path).table
+  took = max(span.end for span in spans)
+  predicted = predict(table, WORK, split, techniques).step_seconds
+  assert predicted == pytest.approx(took, rel=1e-3)
+  with pytest.raises(UserError, match="does not exist"):
+    plan_basis.from_timeline(small_config(), tmp_path / "none.json")
