@@ -83,6 +83,7 @@ def test_assistance_gives_the_same_gradient(
   assert sum(row["trained_by"].values()) == 6 - dead
 
 
+@pytest.mark.slow
 def test_later_updates_are_assisted_with_borrowed_weights(
   prompts_file, tmp_path, monkeypatch
 ):

@@ -181,6 +181,7 @@ def brightness(images, prompts):
 """
 
 
+@pytest.mark.slow
 def test_one_frame_of_a_video_family_is_a_picture(checkpoints, tmp_path):
   (tmp_path / "rewards.py").write_text(PICTURES)
   config = family_config("wan", checkpoints("wan"), tmp_path)
@@ -237,7 +238,9 @@ def test_three_steps_resumed_and_exported(
   )
 
 
-@pytest.mark.parametrize("name", VIDEO)
+@pytest.mark.parametrize(
+  "name", ["wan", pytest.param("hunyuan_video", marks=pytest.mark.slow)]
+)
 def test_videos_are_decoded_one_by_one(name, checkpoints, tmp_path):
   """Unless the config says otherwise; the pictures are the same."""
   pictures = {}
@@ -318,7 +321,7 @@ ADAPTED = {
     pytest.param(name, targets, marks=[pytest.mark.slow] * slow)
     for name in PARTS
     for targets in TARGETS
-    for slow in [name in VIDEO and targets == "everything"]
+    for slow in [targets == "everything"]
   ],
 )
 def test_diffusers_loads_what_is_exported(name, targets, checkpoints, tmp_path):
