@@ -43,6 +43,14 @@ def compiled_quickly():
 
 
 @pytest.fixture
+def compiled_fully(compiled_quickly):
+  """For a test among those, of what optimised programs compute."""
+  jax.config.update("jax_disable_most_optimizations", False)
+  yield
+  jax.config.update("jax_disable_most_optimizations", True)
+
+
+@pytest.fixture
 def prompts_file(tmp_path):
   """A prompt file of the embedded task."""
   return write_prompts(tmp_path)

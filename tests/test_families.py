@@ -372,6 +372,7 @@ LARGE = {
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("compiled_fully")  # rounds as users' programs do
 @pytest.mark.parametrize("name", PARTS)
 def test_ratios_in_bfloat16(name, checkpoints, tmp_path):
   """Before the first update, rollout and training agree on probabilities."""
