@@ -348,7 +348,7 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
   )
   if plan.price:
     cost = whole / 3600 * plan.devices * plan.price
-    text += f", {cost:,.0f} at {plan.price:g} a device hour"
+    text += f", {number(cost)} at {plan.price:g} a device hour"
   return text
 
 
