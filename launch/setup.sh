@@ -23,7 +23,8 @@ fi
 stamp=".venv/.digen_jax-${extra:-core}"
 if ! cmp -s pyproject.toml "$stamp"; then
   echo "installing digen_jax${extra:+ with the extra '$extra'} into .venv" >&2
+  # Byte code is made of what is imported, when it is.
   .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-    --editable ".${extra:+[$extra]}"
+    --no-compile --editable ".${extra:+[$extra]}"
   cp pyproject.toml "$stamp"
 fi

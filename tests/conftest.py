@@ -1,5 +1,6 @@
 """Settings of the whole suite: eight devices, no silent promotion."""
 
+import gc
 import os
 
 # More host threads than devices: fewer deadlock in XLA's CPU collectives.
@@ -12,6 +13,9 @@ import pytest
 
 from tests.small_run import write_prompts
 
+# What tests leave behind are programs, which live on: looking for garbage at
+# the usual pace takes a twentieth of the time.
+gc.set_threshold(20_000, 20, 50)
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -123,6 +123,7 @@ def test_there_must_be_something_to_choose(mode, prompts_file):
   assert not auto_split.wanted(config, 2)
 
 
+@pytest.mark.slow
 def test_units_are_measured_in_two_sizes(prompts_file, tmp_path):
   run = training.Run(from_config_dict(small_config(prompts_file)), tmp_path)
   found = run.measure()

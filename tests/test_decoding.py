@@ -24,7 +24,10 @@ def recipe_of(autoencoder, **changes):
 
 @pytest.mark.parametrize(
   "class_name, frames, sizes",
-  [(WAN, 3, dict(data=2, tensor=2)), (HUNYUAN, 6, dict(fsdp=4))],
+  [
+    (WAN, 3, dict(data=2, tensor=2)),
+    pytest.param(HUNYUAN, 6, dict(fsdp=4), marks=pytest.mark.slow),
+  ],
 )
 def test_the_same_pictures(class_name, frames, sizes, tmp_path):
   path = save(build(class_name, 9), tmp_path)

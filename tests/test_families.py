@@ -321,7 +321,9 @@ ADAPTED = {
     pytest.param(name, targets, marks=[pytest.mark.slow] * slow)
     for name in PARTS
     for targets in TARGETS
-    for slow in [targets == "everything"]
+    for slow in [
+      targets == "everything" or name in ("qwen_image", "stable_diffusion_3")
+    ]
   ],
 )
 def test_diffusers_loads_what_is_exported(name, targets, checkpoints, tmp_path):

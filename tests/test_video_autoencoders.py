@@ -179,7 +179,8 @@ def test_pixels_are_clipped_inside(tmp_path):
 
 
 @pytest.mark.parametrize(
-  "class_name, frames, height", [(WAN, 9, 20), (HUNYUAN, 21, 8)]
+  "class_name, frames, height",
+  [(WAN, 9, 20), pytest.param(HUNYUAN, 21, 8, marks=pytest.mark.slow)],
 )
 def test_sequential_gives_the_same(tmp_path, class_name, frames, height):
   path = save(build(class_name, 9), tmp_path)
