@@ -181,8 +181,11 @@ def test_killed_at_random_moments_it_ends_the_same(
       kills += 1
       continue
     assert process.returncode == 0
-    break
-  assert kills > 0
+    if kills:
+      break
+    # The machine has become faster: the run was through before it was killed.
+    shutil.rmtree(tmp_path / "killed")
+    whole_seconds *= 0.7
   whole, killed = (saved_state(tmp_path / d) for d in ("whole", "killed"))
   jax.tree.map(np.testing.assert_array_equal, whole[0], killed[0])
   assert whole[1] == killed[1]
