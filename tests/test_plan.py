@@ -17,7 +17,6 @@ from digen_jax.models import costs as model_costs
 from digen_jax.pipeline.cost_table import (
   CostTable,
   Rate,
-  RoleCosts,
   lane_costs,
   read_table,
   write_table,
@@ -37,19 +36,11 @@ from digen_jax.pipeline.units import Kind, Workload
 from digen_jax.plan_basis import Basis
 from digen_jax.svg import number
 from digen_jax.timeline import Span, write_trace
+from tests.small_costs import ROLE, TABLE, WORK
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "launch" / "plan.py"
 CONFIG = ROOT / "configs" / "tiny_shapes.py"
-ROLE = RoleCosts(
-  generate=Rate(0.1, 6.0),
-  train=Rate(0.1, 1.0),
-  update=Rate(0.2),
-  publish=Rate(0.2),
-  switch=Rate(0.1),
-)
-TABLE = CostTable(ROLE, ROLE, score=Rate(0.01))
-WORK = Workload(groups=8, group_size=4, window=4, pack=4)
 
 
 def small_config(**pipeline):

@@ -51,6 +51,7 @@ from digen_jax.pipeline.units import (
   step_units,
 )
 from digen_jax.timeline import Span
+from tests.small_costs import ROLE, TABLE, WORK
 
 rates = st.builds(Rate, st.floats(0, 2), st.floats(0.01, 2))
 roles = st.builds(
@@ -89,16 +90,6 @@ workloads = st.builds(
   st.integers(1, 4),
 )
 rungs = st.sampled_from(list(RUNGS))
-
-ROLE = RoleCosts(
-  generate=Rate(0.1, 6.0),
-  train=Rate(0.1, 1.0),
-  update=Rate(0.2),
-  publish=Rate(0.2),
-  switch=Rate(0.1),
-)
-TABLE = CostTable(ROLE, ROLE, score=Rate(0.01))
-WORK = Workload(groups=8, group_size=4, window=4, pack=4)
 
 
 @settings(max_examples=50, deadline=None)

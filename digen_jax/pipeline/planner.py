@@ -160,6 +160,15 @@ def cut(work: Workload, split: Split, techniques: Techniques) -> Workload:
   )
 
 
+def lay_out(
+  table: CostTable, work: Workload, split: Split, techniques: Techniques
+) -> tuple[Workload, tuple[Lane, ...], Mapping[str, Place], Cost]:
+  """The workload as it is cut, the lanes, what they run on, and their costs."""
+  work = cut(work, split, techniques)
+  lanes, places = make_lanes(split, techniques)
+  return work, lanes, places, lane_costs(table, places, full_sizes(work))
+
+
 def predict(
   table: CostTable, work: Workload, split: Split, techniques: Techniques
 ) -> Prediction:
@@ -176,9 +185,7 @@ def predict(
   """
   if reason := why_not(table, work, split, techniques):
     raise UserError(reason)
-  work = cut(work, split, techniques)
-  lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places, full_sizes(work))
+  work, lanes, places, cost = lay_out(table, work, split, techniques)
   runs = [
     steady(trial, lanes, cost, assist)
     for trial in stale_or_not(work)

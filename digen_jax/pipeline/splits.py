@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from digen_jax.errors import UserError
 from digen_jax.pipeline import bounds
-from digen_jax.pipeline.cost_table import CostTable, lane_costs
+from digen_jax.pipeline.cost_table import CostTable
 from digen_jax.pipeline.planner import (
   RUNGS,
   Split,
@@ -14,13 +14,13 @@ from digen_jax.pipeline.planner import (
   cut,
   equal_split,
   fitting,
-  make_lanes,
+  lay_out,
   predict,
   why_not,
 )
 from digen_jax.pipeline.simulate import always, never
 from digen_jax.pipeline.steady import STEPS, stale_or_not, steady
-from digen_jax.pipeline.units import Workload, full_sizes
+from digen_jax.pipeline.units import Workload
 
 TRIAL_UNITS = 60_000  # simulated by `best_split`, about
 FINALISTS = 4  # that are looked at with a search at each bubble
@@ -115,9 +115,7 @@ def _reach(
   table: CostTable, work: Workload, split: Split, techniques: Techniques
 ) -> float:
   """Seconds that a step of this split takes at least, by what lanes can do."""
-  work = cut(work, split, techniques)
-  lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places, full_sizes(work))
+  work, lanes, _, cost = lay_out(table, work, split, techniques)
   times = [
     bounds.times(work, lane, lanes, cost, lane.kinds | lane.assists)
     for lane in bounds.own(lanes)
@@ -146,9 +144,7 @@ def _quick(
   table: CostTable, work: Workload, split: Split, techniques: Techniques
 ) -> float:
   """Seconds of a step, without a search at each bubble."""
-  work = cut(work, split, techniques)
-  lanes, places = make_lanes(split, techniques)
-  cost = lane_costs(table, places, full_sizes(work))
+  work, lanes, _, cost = lay_out(table, work, split, techniques)
   helps = techniques.bts and (techniques.tag or techniques.rat)
   return min(
     steady(trial, lanes, cost, assist).step_seconds
