@@ -144,8 +144,8 @@ class Pipeline:
       the step before a checkpoint, and as long as the measured costs say that
       it would not pay. What a run learns then depends on timing.
     tag_layout: in which layout a trainer generates: "trainer" (parameters are
-      gathered in every unit), "rollout" (resharded for a block of units), or
-      "auto", by measured cost.
+      gathered layer by layer in every step), "rollout" (resharded for a block
+      of units), or "auto", by measured cost.
     lanes: "local", meshes of this process, or "ray", a process for each lane
       (extra `cluster`).
     retries: how often in a step a unit that failed is run again.

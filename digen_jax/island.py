@@ -24,6 +24,7 @@ from jax.sharding import Mesh
 from digen_jax import policy
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.parallel import rules
+from digen_jax.parallel.gather import gathering
 from digen_jax.parallel.mesh import batch_sharding, replicated
 from digen_jax.parallel.reshard import check, checksums, own, reshard
 from digen_jax.pipeline.scheduler import Lane
@@ -220,7 +221,8 @@ class Island:
 
     Args:
       resharded: into the generator's layout, for as long as the block lasts;
-        otherwise parameters are gathered anew in every unit.
+        otherwise parameters are gathered layer by layer in every denoising
+        step.
     """
     self._block = None
     if self.trains and not self.generates and resharded:
@@ -425,21 +427,17 @@ class Island:
 
   def _define(self) -> dict[str, Callable]:
     recipe = self.recipe
-    # Closures over the island itself would keep its arrays alive with them.
-    layout_of = functools.partial(_layout, self.mesh, self._axes)
-
-    def gather(tree: Any) -> Any:
-      layout = layout_of(tree, rules.ROLLOUT)
-      return jax.lax.with_sharding_constraint(tree, layout)
-
+    if self.trains:
+      apply = gathering(recipe.apply, self.mesh, self._axes)
+      recipe = dataclasses.replace(recipe, apply=apply)
     layout = self._trainer_layout if self.trains else self._rollout_layout
     functions = {
       "generate": jax.jit(
-        functools.partial(policy.generate, recipe, gather),
+        functools.partial(policy.generate, recipe),
         out_shardings=batch_sharding(self.mesh),
       ),
       "gradients": jax.jit(
-        functools.partial(policy.gradients, recipe, gather),
+        functools.partial(policy.gradients, recipe),
         out_shardings=(layout, replicated(self.mesh)),
       ),
     }
@@ -472,7 +470,9 @@ class Island:
 
   def _layout(self, tree: Any, table: rules.Rules) -> Any:
     """Shardings of any part of the parameters."""
-    return _layout(self.mesh, self._axes, tree, table)
+    return rules.param_shardings(
+      self.mesh, _like(tree, self._axes), tree, table
+    )
 
   def _put(self, *trees: Any) -> Any:
     """On every device of the lane."""
@@ -488,10 +488,6 @@ class Island:
         f"lane {self.lane.name!r} was asked for policy version {wanted} and "
         f"holds {held}"
       )
-
-
-def _layout(mesh: Mesh, axes: Any, tree: Any, table: rules.Rules) -> Any:
-  return rules.param_shardings(mesh, _like(tree, axes), tree, table)
 
 
 def _like(tree: Any, whole: Any) -> Any:

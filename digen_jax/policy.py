@@ -101,7 +101,6 @@ class Recipe:
 
 def generate(
   recipe: Recipe,
-  gather: Callable[[Any], Any],
   trainable: Any,
   frozen: Any,
   decoder: Any,
@@ -115,7 +114,6 @@ def generate(
 
   Args:
     recipe: the run.
-    gather: as in `gradients`; a trainer that assists may hold split parameters.
     trainable: parameters being trained.
     frozen: the others.
     decoder: autoencoder parameters.
@@ -136,7 +134,7 @@ def generate(
     first = _sample_keys(seed, step, group, jnp.zeros_like(member))
   trajectory = rollout(
     recipe.apply,
-    join(gather(trainable), gather(frozen)),
+    join(trainable, frozen),
     initial_latents(first, (rows.shape[0], *recipe.latent_shape)),
     jax.tree.map(lambda x: x[rows], prompts),
     recipe.sigmas,
@@ -218,7 +216,6 @@ def denoise(
 
 def gradients(
   recipe: Recipe,
-  gather: Callable[[Any], Any],
   trainable: Any,
   frozen: Any,
   reference: Any,
@@ -231,8 +228,6 @@ def gradients(
 
   Args:
     recipe: the run.
-    gather: undoes the `fsdp` split of parameters, so that every device
-      computes its rows with whole matrices, as the rollout does.
     trainable: parameters being trained.
     frozen: the others.
     reference: trainable parameters of the reference policy; None when
@@ -245,7 +240,6 @@ def gradients(
   Returns:
     The gradient, to be summed over the packs of an update, and summed metrics.
   """
-  frozen = gather(frozen)
   batch = dataclasses.replace(
     batch,
     conditioning=jax.tree.map(lambda x: x[rows], prompts),
@@ -253,7 +247,7 @@ def gradients(
   )
   return train_step(
     recipe.apply,
-    gather(trainable),
+    trainable,
     batch,
     kernel=recipe.kernel,
     clip_range=recipe.clip_range,
@@ -262,7 +256,7 @@ def gradients(
     frozen=frozen,
     kl_weight=recipe.kl_weight,
     kl_form=recipe.kl_form,
-    reference=join(gather(reference), frozen) if recipe.kl_weight else None,
+    reference=join(reference, frozen) if recipe.kl_weight else None,
   )
 
 

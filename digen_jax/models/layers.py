@@ -11,10 +11,12 @@ bfloat16 -> float32 round trip in one program and not in another, and the same
 policy would then score its own samples differently in rollout and training.
 """
 
+import contextlib
+import contextvars
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -382,8 +384,16 @@ def scan_blocks(
     The last carry.
   """
   graphdef, params = split(blocks)
+  prepare = _PREPARE.get()
+  axes = jax.tree.map(
+    lambda names: names[1:],  # without "layers"
+    logical_axes(blocks),
+    is_leaf=lambda names: isinstance(names, tuple),
+  )
 
   def body(carry: Any, layer: Params) -> tuple[Any, None]:
+    if prepare is not None:
+      layer = prepare(layer, axes)
     return step(nnx.merge(graphdef, layer), carry), None
 
   if remat == "block":
@@ -394,6 +404,31 @@ def scan_blocks(
   elif remat != "none":
     raise ValueError(f"remat is {remat!r}; one of 'none', 'dots', 'block'")
   return jax.lax.scan(body, carry, params)[0]
+
+
+# Maps (a layer's parameters, their logical axes) to what is computed with.
+Prepare = Callable[[Params, Params], Params]
+_PREPARE: contextvars.ContextVar[Prepare | None] = contextvars.ContextVar(
+  "prepare", default=None
+)
+
+
+@contextlib.contextmanager
+def each_layer(prepare: Prepare) -> Iterator[None]:
+  """Has `scan_blocks` prepare a layer's parameters inside its loop.
+
+  So parameters that are stored in parts are whole for one layer at a time,
+  and with `remat` the backward pass makes them whole again.
+
+  Args:
+    prepare: (a layer's parameters, their logical axes) -> parameters; traced
+      wherever `scan_blocks` is while this context is entered.
+  """
+  token = _PREPARE.set(prepare)
+  try:
+    yield
+  finally:
+    _PREPARE.reset(token)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -1,0 +1,43 @@
+"""Parameters stored in parts (`fsdp`), made whole where they are used.
+
+A stack of blocks is gathered a layer at a time inside its loop, and again in
+the backward pass, so that a device never holds more than its part and a layer.
+Gradients go back to parts as they come. Every device computes its rows with
+whole matrices, as a rollout mesh does.
+
+Source: Rajbhandari et al. 2020 (ZeRO), stage 3.
+"""
+
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from digen_jax.models import layers
+from digen_jax.parallel import rules
+from digen_jax.sampling.denoise import Apply
+
+
+def gathering(apply: Apply, mesh: Mesh, axes: Any) -> Apply:
+  """`apply` for parameters in the trainer's layout.
+
+  Args:
+    apply: `apply(params, ...)`.
+    mesh: where the parameters are.
+    axes: logical axes of all parameters.
+  """
+  if mesh.shape["fsdp"] == 1:
+    return apply
+
+  def whole(params: Any, axes: Any) -> Any:
+    layout = rules.param_shardings(mesh, axes, params, rules.ROLLOUT)
+    return jax.lax.with_sharding_constraint(params, layout)
+
+  def outside(leaf: jax.Array, axes: layers.Axes) -> jax.Array:
+    return leaf if "layers" in axes else whole(leaf, axes)
+
+  def gathered(params: Any, *args: Any) -> Any:
+    with layers.each_layer(whole):
+      return apply(jax.tree.map(outside, params, axes), *args)
+
+  return gathered
