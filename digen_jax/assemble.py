@@ -172,7 +172,13 @@ def with_weights(
     assembly,
     model=model,
     autoencoder=autoencoder,
-    weights=Weights(trainable, frozen, autoencoder.params, model.logical_axes),
+    weights=Weights(
+      trainable,
+      frozen,
+      autoencoder.params,
+      model.logical_axes,
+      model.read_dtypes,
+    ),
   )
 
 

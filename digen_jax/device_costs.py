@@ -120,8 +120,13 @@ class Job:
 
   @property
   def trained_bytes(self) -> int:
-    """Of the trained parameters, or of a gradient: float32 on every lane."""
+    """Of the trained parameters, or of a gradient: float32."""
     return TRAINED * self.trained
+
+  @property
+  def read_bytes(self) -> int:
+    """Of the trained parameters as they are read, and sent to lanes."""
+    return self.itemsize * self.trained
 
   @property
   def frozen_bytes(self) -> int:
@@ -147,12 +152,13 @@ class Memory:
 
   Attributes:
     usable: what there is.
-    weights: all that the lane computes with, or this device's part of them
-      where devices work on a row together.
-    gradient: of a Train unit, likewise.
+    weights: that are whole on the lane, or this device's part of them where
+      devices work on a row together: all of a lane that generates, two layers
+      of one that only trains, which gathers them one at a time.
+    gradient: of a layer, likewise.
     reference: of the reference policy, likewise.
-    state: of training; the devices of the lane divide it. 0 on a lane that
-      does not hold it.
+    state: all that the devices of the lane divide: gradients, and on a lane
+      that trains by itself the state of training and what it gathers.
     row: activations of a row.
     shards: devices that work on a row together.
   """
@@ -252,15 +258,19 @@ def _memory(
   job: Job, device: Device, role: str, devices: int, least: int
 ) -> Memory:
   """With as few devices to a row as hold one, but not less than `least`."""
-  weights = job.frozen_bytes + job.trained_bytes
-  state = 0.0
+  weights = float(job.frozen_bytes + job.read_bytes)
+  reference = float(job.reference * job.read_bytes)
+  state = float(job.trained_bytes)  # a gradient
   if role != "rollout":
-    copies = job.average + job.reference
-    state = (STATE + TRAINED * copies) * job.trained
-  if role == "trainer":  # its part of what it gathers for every unit
-    state += job.frozen_bytes
-  if role == "colocated":  # what is published, beside what is gathered
-    weights += job.trained_bytes
+    state = (STATE + TRAINED * job.average) * job.trained
+    state += job.read_bytes + reference
+    reference = 0.0
+    layers = 2 * job.itemsize * job.parameters / job.denoiser.depth
+    if role == "trainer":
+      state += job.frozen_bytes
+      weights = layers
+    else:  # gathered beside what is published
+      weights += layers
   # Every device of a row has its residual stream; blocks are divided.
   item = job.itemsize
   stream = costs.saved_bytes(job.denoiser, itemsize=item, remat="block")
@@ -271,8 +281,8 @@ def _memory(
     found = Memory(
       usable=USABLE * device.memory * GIB,
       weights=weights / shards,
-      gradient=job.trained_bytes / shards,
-      reference=job.reference * job.trained_bytes / shards,
+      gradient=job.trained_bytes / job.denoiser.depth / shards,
+      reference=reference / shards,
       state=state,
       row=job.passes * (stream + inside / shards),
       shards=shards,
@@ -304,17 +314,21 @@ def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
   """What units cost on one role's layout.
 
   Rollout lanes hold all weights on every `shards` devices. Trainer lanes hold
-  a part each and gather the weights for every unit, without overlap; a
-  colocated lane gathers what it trains.
+  a part each and gather the weights for every forward pass and where blocks
+  are computed again, without overlap; a colocated lane gathers what it trains.
   """
   shards = memory.shards
   link = device.link * GIGA * shards  # devices of a row gather a part each
-  trained = job.trained_bytes / link
-  weights = trained + job.frozen_bytes / link
-  gathered = dict(rollout=0.0, trainer=weights, colocated=trained)[role]
-  if role != "rollout" and job.reference:
-    gathered += trained
-  across = job.trained_bytes / (device.network * GIGA)
+  network = device.network * GIGA
+  read = job.read_bytes / link
+  weights = read + job.frozen_bytes / link
+  gathered = dict(rollout=0.0, trainer=weights, colocated=read)[role]
+  times = job.passes * (1 + (job.remat != "none"))
+  fixed = times * gathered + job.trained_bytes / link
+  if role == "rollout":
+    fixed += job.trained_bytes / network
+  elif job.reference:
+    fixed += job.passes * gathered
   loss = PER_DOUBLING ** math.log2(shards)
 
   forward = costs.forward(job.denoiser, itemsize=job.itemsize)
@@ -330,17 +344,20 @@ def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
   train = job.passes * seconds(transition, device.train)
   traffic = UPDATE_TRAFFIC + 2 * TRAINED * job.average
   return RoleCosts(
-    generate=Rate(weights if role == "trainer" else 0.0, generate / loss),
+    generate=Rate(
+      job.num_steps * job.passes * weights if role == "trainer" else 0.0,
+      generate / loss,
+    ),
     # In float32 as well, which the part of the peak that it reaches allows for.
     decode=Rate(
       row=_seconds(2, device, costs.forward(job.decoder), device.decode)
     ),
-    train=Rate(
-      trained + (across if role == "rollout" else gathered), train / loss
-    ),
+    train=Rate(fixed, train / loss),
     update=Rate(row=traffic * job.trained / (device.bandwidth * GIGA)),
     # Each device sends its part, and the receivers gather the parts.
-    publish=Rate(trained, 0.0 if role == "colocated" else across),
+    publish=Rate(
+      read, 0.0 if role == "colocated" else job.read_bytes / network
+    ),
     switch=Rate(weights if role == "trainer" else 0.0),
     shards=shards,
     max_rows=memory.rows,
@@ -383,13 +400,15 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
   ]
   return [
     *lines,
-    "a trainer lane gathers the weights for every unit and reduces gradients "
-    "after it, neither overlapped with compute; rollout lanes that train send "
-    "their gradients over the network",
-    f"memory: {USABLE:.0%} of a device, of which weights, a whole gradient on "
-    "every lane that trains, the state of training and activations are "
-    "counted, and neither the decoder nor what generating works with; devices "
-    "that share a row divide weights and gradient, but not the residual stream",
+    "a trainer lane gathers the weights for every forward pass, again where "
+    "blocks are recomputed, and reduces gradients after a unit, neither "
+    "overlapped with compute; rollout lanes that train send their gradients "
+    "over the network in float32, and are sent weights in the compute dtype",
+    f"memory: {USABLE:.0%} of a device, of which weights (of a trainer two "
+    "layers beside its part), gradients in parts, the state of training and "
+    "activations are counted, and neither the decoder nor what generating "
+    "works with; devices that share a row divide weights, but not the residual "
+    "stream",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

@@ -23,8 +23,9 @@ from jax.sharding import Mesh
 
 from digen_jax import policy
 from digen_jax.checkpoint import Checkpoints
+from digen_jax.models import layers
 from digen_jax.parallel import rules
-from digen_jax.parallel.gather import gathering
+from digen_jax.parallel.gather import reading
 from digen_jax.parallel.mesh import batch_sharding, replicated
 from digen_jax.parallel.reshard import check, checksums, own, reshard
 from digen_jax.pipeline.scheduler import Lane
@@ -42,12 +43,15 @@ class Weights:
     frozen: the others.
     decoder: autoencoder parameters.
     axes: logical axes of trainable and frozen together.
+    dtypes: what they are rounded to when they are read, see
+      `layers.read_dtypes`.
   """
 
   trainable: Any
   frozen: Any
   decoder: Any
   axes: Any
+  dtypes: Any
 
 
 @functools.partial(
@@ -61,7 +65,7 @@ class Parcel:
 
   Attributes:
     version: policy version; of borrowed weights the update they are for.
-    params: trainable parameters.
+    params: trainable parameters, as layers read them.
     sums: their checksums, by leaf.
   """
 
@@ -104,14 +108,18 @@ class Island:
     self._optimizer = optimizer
     self._rollout_layout = self._layout(weights.trainable, rules.ROLLOUT)
     self._trainer_layout = self._layout(weights.trainable, rules.TRAINER)
+    self._parts = self._layout(weights.trainable, rules.PARTS)
     self._frozen_layout = self._layout(weights.frozen, rules.ROLLOUT)
+    self._dtypes = weights.dtypes
+    dtypes = _like(weights.trainable, weights.dtypes)
+    self._read = jax.jit(functools.partial(layers.as_read, dtypes=dtypes))
 
     self.decoder = self.reference = self._incoming = None
     self._borrowed = self._lent = None
     if Kind.GENERATE in lane.kinds | lane.assists:
       self.decoder = jax.device_put(weights.decoder, replicated(mesh))
     if self.generates:
-      self._published = reshard(weights.trainable, self._rollout_layout)
+      self._published = self._as_read(weights.trainable, self._rollout_layout)
       # Never donated: it may share buffers with what it was loaded into.
       self.frozen = jax.device_put(weights.frozen, self._frozen_layout)
       self.version = 0
@@ -132,7 +140,7 @@ class Island:
       self.state_version = 0
     if recipe.kl_weight and Kind.TRAIN in lane.kinds | lane.assists:
       layout = self._trainer_layout if self.trains else self._rollout_layout
-      self.reference = reshard(weights.trainable, layout)
+      self.reference = self._as_read(weights.trainable, layout)
     self._block: tuple[Any, Any] | None = None  # of an assisting trainer
     self._gradients: dict[int, Any] = {}
     self.total: Any = None
@@ -226,7 +234,7 @@ class Island:
     """
     self._block = None
     if self.trains and not self.generates and resharded:
-      params = reshard(self.state["trainable"], self._rollout_layout)
+      params = self._as_read(self.state["trainable"], self._rollout_layout)
       frozen = jax.device_put(self.frozen_train, self._frozen_layout)
       self._block = params, frozen
     return self._block
@@ -246,7 +254,7 @@ class Island:
       negative: [1, ...] host arrays, with guidance.
       seed: of the noise.
     """
-    params = reshard(params, self._rollout_layout)
+    params = self._as_read(params, self._rollout_layout)
     return self._sampler(params, conditioning, negative, seed)
 
   @functools.cached_property
@@ -332,13 +340,12 @@ class Island:
   def outgoing(self, version: int) -> tuple[int, Parcel]:
     """What was trained, as a new version: its bytes, and itself."""
     self.state_version = version
-    params = self.state["trainable"]
-    size = sum(leaf.nbytes for leaf in jax.tree.leaves(params))
-    return size, Parcel(version, params, checksums(params))
+    parcel = self.interim(version)
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(parcel.params)), parcel
 
   def interim(self, update: int) -> Parcel:
     """What was trained so far in a step, for the gradients of `update`."""
-    params = self.state["trainable"]
+    params = self._read(self.state["trainable"])
     return Parcel(update, params, checksums(params))
 
   def averaged(self) -> Any:
@@ -427,10 +434,9 @@ class Island:
 
   def _define(self) -> dict[str, Callable]:
     recipe = self.recipe
-    if self.trains:
-      apply = gathering(recipe.apply, self.mesh, self._axes)
-      recipe = dataclasses.replace(recipe, apply=apply)
-    layout = self._trainer_layout if self.trains else self._rollout_layout
+    apply = reading(recipe.apply, self.mesh, self._axes, self._dtypes)
+    recipe = dataclasses.replace(recipe, apply=apply)
+    layout = self._trainer_layout if self.trains else self._parts
     functions = {
       "generate": jax.jit(
         functools.partial(policy.generate, recipe),
@@ -473,6 +479,10 @@ class Island:
     return rules.param_shardings(
       self.mesh, _like(tree, self._axes), tree, table
     )
+
+  def _as_read(self, trainable: Any, layout: Any) -> Any:
+    """Trainable parameters as layers read them, in a layout of this lane."""
+    return reshard(self._read(trainable), layout)
 
   def _put(self, *trees: Any) -> Any:
     """On every device of the lane."""

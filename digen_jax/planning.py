@@ -291,9 +291,9 @@ def _memory(plan: Plan) -> list[str]:
     room = plan.basis.table.role(role).room(devices)
     parts = {
       "weights": held.weights,
-      "gradient": held.gradient,
+      "gradient of a layer": held.gradient,
       "reference": held.reference,
-      "state of training": held.state / devices,
+      "in parts": held.state / devices,
     }
     shown = ", ".join(f"{n} {x / GIB:.1f}" for n, x in parts.items() if x)
     shared = f", {held.shards} to a row" if held.shards > 1 else ""

@@ -228,7 +228,7 @@ def gradients(
 
   Args:
     recipe: the run.
-    trainable: parameters being trained.
+    trainable: parameters being trained, float32 or as layers read them.
     frozen: the others.
     reference: trainable parameters of the reference policy; None when
       `kl_weight` is 0.
@@ -238,8 +238,11 @@ def gradients(
     negative: [1, ...] conditioning of the negative prompt, with guidance.
 
   Returns:
-    The gradient, to be summed over the packs of an update, and summed metrics.
+    The gradient in float32, to be summed over the packs of an update, and
+    summed metrics.
   """
+  # A lane that was sent them has them rounded; gradients are float32.
+  trainable = jax.tree.map(lambda x: x.astype(jnp.float32), trainable)
   batch = dataclasses.replace(
     batch,
     conditioning=jax.tree.map(lambda x: x[rows], prompts),

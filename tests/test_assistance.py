@@ -113,6 +113,34 @@ def test_later_updates_are_assisted_with_borrowed_weights(
   assert 0 < distance(borrowed[-1], assisted[1]) < 0.01  # not the last weights
 
 
+def test_in_bfloat16_lanes_are_sent_what_layers_read(prompts_file, tmp_path):
+  config = config_of(prompts_file, rat=True)
+  config.dtype.compute = "bfloat16"
+  job = training.Run(from_config_dict(config), tmp_path / "run")
+  trainer, rollout = job.trainer.island, job.rollout.island
+  pack = job.program.first_pack("trainer")
+  # What is trained moves away from what bfloat16 can hold.
+  trained = jax.tree.map(lambda x: x * 1.001, trainer.state["trainable"])
+  trainer.state = trainer.state | {"trainable": trained}
+  size, parcel = trainer.outgoing(1)
+  rollout.receive(parcel)
+  published = rollout.published
+  assert {x.dtype for x in jax.tree.leaves(trained)} == {np.dtype("float32")}
+  block = published["double_blocks"]["attn"]["to_q"]
+  assert block["kernel"].dtype == "bfloat16"  # read so
+  assert block["bias"].dtype == "float32"
+  full = sum(x.nbytes for x in jax.tree.leaves(trained))
+  assert 0.5 * full < size < 0.7 * full
+  # Gradients are float32, and bit by bit those of the unrounded weights.
+  trainer.gradients(0, *pack)
+  _, other = rollout.gradients(0, *pack)
+  own = to_host(trainer._gradients[0])
+  assert {x.dtype for x in jax.tree.leaves(other)} == {np.dtype("float32")}
+  assert any(np.any(x) for x in jax.tree.leaves(own))
+  jax.tree.map(np.testing.assert_array_equal, own, to_host(other))
+  job.close()
+
+
 def test_a_pack_that_does_not_fit_leaves_no_gradient_behind():
   def gradients():
     if island._gradients:

@@ -10,7 +10,7 @@ from flax import nnx
 
 from digen_jax.models import layers
 from digen_jax.parallel import rules
-from digen_jax.parallel.gather import gathering
+from digen_jax.parallel.gather import reading
 from digen_jax.parallel.mesh import batch_sharding, make_mesh
 
 DEPTH, DIM = 5, 12
@@ -50,7 +50,7 @@ def compiled(model, apply, mesh, x):
   _, params = layers.split(model)
   layout = rules.param_shardings(mesh, axes, params, rules.TRAINER)
   params = jax.device_put(params, layout)
-  apply = gathering(apply, mesh, axes)
+  apply = reading(apply, mesh, axes, layers.read_dtypes(model))
   gradient = jax.jit(
     jax.grad(lambda params, x: jnp.sum(apply(params, x) ** 2)),
     out_shardings=layout,
@@ -93,11 +93,3 @@ def test_no_stack_is_ever_whole(model, remat):
   # The gradient of a stack comes out in parts, too.
   whole = re.findall(rf"f32\[{DEPTH},{DIM},24\]", program.as_text())
   assert not whole
-
-
-def test_other_meshes_have_nothing_to_gather(model):
-  apply = loss_of(layers.split(model)[0], "none")
-  axes = layers.logical_axes(model)
-  assert gathering(apply, make_mesh({"data": 2}, jax.devices()[:2]), axes) is (
-    apply
-  )

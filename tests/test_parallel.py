@@ -88,6 +88,10 @@ def test_rules():
   assert spec(kernel, (3, 8, 15), trainer, fsdp=3) == P(None, None, "fsdp")
   assert spec(kernel, (3, 8, 16), trainer, fsdp=3) == P(None, None, None)
   assert spec((None,), (7,), trainer, fsdp=2) == P(None)
+  # Gradients on their way are split over all devices of a mesh.
+  assert spec(kernel, (3, 8, 16), rules.PARTS, data=4) == P(None, "data", None)
+  every = spec(kernel, (3, 8, 16), rules.PARTS, data=2, fsdp=2)
+  assert every == P(None, "fsdp", "data")
 
 
 def test_tensor_axis_must_divide():

@@ -152,6 +152,11 @@ class Model:
     """
     return layers.Bound(self.family.apply, self.graphdef)
 
+  @property
+  def read_dtypes(self) -> Params:
+    """What parameters are rounded to when they are read: nested like them."""
+    return layers.read_dtypes(nnx.merge(self.graphdef, self.params))
+
 
 def create_model(config: Any, key: jax.Array) -> Model:
   """A freshly initialised model, float32 parameters.

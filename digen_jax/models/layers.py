@@ -85,6 +85,7 @@ class Linear(nnx.Module):
     self.kernel = nnx.Param(
       kernel_init(rngs.params(), (in_features, out_features), jnp.float32),
       logical_axes=axes,
+      read_as=jnp.dtype(dtype),
     )
     self.bias = (
       nnx.Param(jnp.zeros(out_features), logical_axes=axes[-1:])
@@ -437,19 +438,57 @@ def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:
   return graphdef, nnx.to_pure_dict(state)
 
 
+def read_dtypes(module: nnx.Module) -> Params:
+  """What layers round every parameter to before they compute with it.
+
+  Nested like `split`'s dict. Kernels and adapters have the compute dtype of
+  their layer; biases, norms and tables are read in float32.
+  """
+  return _of_variables(
+    module, lambda known: known.get("read_as", jnp.dtype("float32"))
+  )
+
+
 def logical_axes(module: nnx.Module) -> Params:
   """The dimension names of every parameter, nested like `split`'s dict.
 
   Leaves are tuples of names: map over the tree with
   `is_leaf=lambda x: isinstance(x, tuple)`.
   """
-  axes: Params = {}
+  return _of_variables(module, lambda known: known["logical_axes"])
+
+
+def _of_variables(
+  module: nnx.Module, find: Callable[[dict[str, Any]], Any]
+) -> Params:
+  """Something of every parameter's metadata, nested like `split`'s dict."""
+  found: Params = {}
   for path, variable in nnx.to_flat_state(nnx.state(module)):
-    node = axes
+    node = found
     for key in path[:-1]:
       node = node.setdefault(key, {})
-    node[path[-1]] = variable.logical_axes
-  return axes
+    node[path[-1]] = find(variable.get_metadata())
+  return found
+
+
+def as_read(params: Params, dtypes: Params) -> Params:
+  """Parameters as layers read them: what a model makes of both is the same.
+
+  Args:
+    params: nested dict of arrays.
+    dtypes: of `read_dtypes`, nested alike.
+
+  Returns:
+    Those of a wider dtype than they are read in, rounded; the others as they
+    are.
+  """
+
+  def read(leaf: jax.Array, dtype: jnp.dtype) -> jax.Array:
+    # Layers round explicitly; where this undoes a cast, XLA may drop both.
+    wider = leaf.dtype.itemsize > dtype.itemsize
+    return leaf.astype(dtype) if wider else leaf
+
+  return jax.tree.map(read, params, dtypes)
 
 
 @functools.lru_cache(maxsize=16)

@@ -185,8 +185,9 @@ def _add(
 
   # Variance 1 / in: (x A) then has the scale of x.
   a = make(jax.random.normal, a_shape, a_axes) * fan_in**-0.5
-  linear.lora_a = _param(a, a_axes)
-  linear.lora_b = _param(make(_zeros, b_shape, b_axes), b_axes)
+  b = make(_zeros, b_shape, b_axes)
+  linear.lora_a = _param(a, a_axes, linear.dtype)
+  linear.lora_b = _param(b, b_axes, linear.dtype)
   linear.lora_scale = scale
 
 
@@ -194,6 +195,6 @@ def _zeros(_: jax.Array, shape: tuple[int, ...]) -> jax.Array:
   return jnp.zeros(shape)
 
 
-def _param(value: jax.Array, axes: layers.Axes) -> Any:
+def _param(value: jax.Array, axes: layers.Axes, dtype: jnp.dtype) -> Any:
   # The attribute was None, which NNX takes for static until told otherwise.
-  return nnx.data(nnx.Param(value, logical_axes=axes))
+  return nnx.data(nnx.Param(value, logical_axes=axes, read_as=dtype))

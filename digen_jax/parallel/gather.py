@@ -18,16 +18,16 @@ from digen_jax.parallel import rules
 from digen_jax.sampling.denoise import Apply
 
 
-def gathering(apply: Apply, mesh: Mesh, axes: Any) -> Apply:
-  """`apply` for parameters in the trainer's layout.
+def reading(apply: Apply, mesh: Mesh, axes: Any, dtypes: Any) -> Apply:
+  """`apply` for parameters as a lane stores them.
 
   Args:
     apply: `apply(params, ...)`.
     mesh: where the parameters are.
     axes: logical axes of all parameters.
+    dtypes: what they are rounded to when they are read, see
+      `layers.read_dtypes`. That is done before they are gathered.
   """
-  if mesh.shape["fsdp"] == 1:
-    return apply
 
   def whole(params: Any, axes: Any) -> Any:
     layout = rules.param_shardings(mesh, axes, params, rules.ROLLOUT)
@@ -36,8 +36,11 @@ def gathering(apply: Apply, mesh: Mesh, axes: Any) -> Apply:
   def outside(leaf: jax.Array, axes: layers.Axes) -> jax.Array:
     return leaf if "layers" in axes else whole(leaf, axes)
 
-  def gathered(params: Any, *args: Any) -> Any:
+  def read(params: Any, *args: Any) -> Any:
+    params = layers.as_read(params, dtypes)
+    if mesh.shape["fsdp"] == 1:
+      return apply(params, *args)
     with layers.each_layer(whole):
       return apply(jax.tree.map(outside, params, axes), *args)
 
-  return gathered
+  return read

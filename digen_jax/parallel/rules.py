@@ -20,16 +20,11 @@ from digen_jax.errors import UserError
 Rules = Sequence[tuple[str, str]]
 
 TENSOR: Rules = (("heads", "tensor"), ("mlp", "tensor"))
-FSDP: Rules = (
-  ("embed", "fsdp"),
-  ("modulation", "fsdp"),
-  ("mlp", "fsdp"),
-  ("heads", "fsdp"),
-  ("text", "fsdp"),
-  ("time", "fsdp"),
-)
+SPLIT = ("embed", "modulation", "mlp", "heads", "text", "time")
 ROLLOUT: Rules = TENSOR
-TRAINER: Rules = (*TENSOR, *FSDP)
+TRAINER: Rules = (*TENSOR, *((name, "fsdp") for name in SPLIT))
+# Of gradients that a rollout mesh sends away: over all devices.
+PARTS: Rules = (*TRAINER, *((name, "data") for name in SPLIT))
 
 
 def param_shardings(
