@@ -182,8 +182,10 @@ class Pipeline:
 
 @dataclasses.dataclass(frozen=True)
 class Mesh:
-  """Device counts, axis sizes (data, fsdp, tensor), or "auto".
+  """Device counts, axis sizes (data, fsdp, sequence, tensor), or "auto".
 
+  data and fsdp divide samples, and fsdp stores parameters in parts; sequence
+  divides the tokens of a sample, tensor its heads.
   "auto" is what the other role leaves; for both, the split with which a step is
   predicted to be shortest, from a unit of each kind measured at start-up.
   """

@@ -408,7 +408,7 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     "layers beside its part), gradients in parts, the state of training and "
     "activations are counted, and neither the decoder nor what generating "
     "works with; devices that share a row divide weights, but not the residual "
-    "stream",
+    "stream (a sequence axis is taken for a tensor axis)",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

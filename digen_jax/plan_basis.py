@@ -24,6 +24,7 @@ from digen_jax.errors import UserError
 from digen_jax.models import costs, find_family, vae
 from digen_jax.models.published import find_model
 from digen_jax.models.vae.costs import DECODERS
+from digen_jax.parallel.mesh import row_devices
 from digen_jax.pipeline.cost_table import (
   CostTable,
   read_table,
@@ -157,7 +158,7 @@ def from_ledgers(
     sampling = dataclasses.replace(sampling, **own)
     config = dataclasses.replace(config, sampling=sampling)
   job, kinds = job_of(config, model), (rollout, trainer)
-  least = {role: tensor_axis(config, role) or 1 for role in ROLES}
+  least = {role: row_axes(config, role) or 1 for role in ROLES}
   least["colocated"] = least["trainer"]
   size = f"{sampling.num_frames} x {sampling.height} x {sampling.width}"
   return Basis(
@@ -173,12 +174,12 @@ def from_ledgers(
   )
 
 
-def tensor_axis(config: Config, role: str) -> int | None:
+def row_axes(config: Config, role: str) -> int | None:
   """Devices that share a row in a role of the config; None for "auto"."""
   mesh = getattr(config.mesh, role)
   if mesh == "auto":
     return None
-  return mesh.get("tensor", 1) if isinstance(mesh, Mapping) else 1
+  return row_devices(mesh) if isinstance(mesh, Mapping) else 1
 
 
 def from_timeline(config: Config, timeline: str | Path) -> Basis:
@@ -213,7 +214,7 @@ def from_timeline(config: Config, timeline: str | Path) -> Basis:
   ]
   lanes = {span.lane for span in spans if span.name != "score"}
   sizes = {n: math.prod(meshes.get(n, {"": 1}).values()) for n in lanes}
-  shards = {n: meshes.get(n, {}).get("tensor", 1) for n in lanes}
+  shards = {n: row_devices(meshes.get(n, {})) for n in lanes}
   source = f"measured, {path}"
   table = table_from_spans(spans, sizes, shards=shards, source=source)
   kinds = record.get("devices", {})

@@ -11,7 +11,12 @@ from jax.sharding import Mesh
 
 from digen_jax import policy
 from digen_jax.data.embeddings import match_text
-from digen_jax.parallel.mesh import batch_sharding, padded_size, replicated
+from digen_jax.parallel.mesh import (
+  batch_sharding,
+  on_mesh,
+  padded_size,
+  replicated,
+)
 from digen_jax.types import Conditioning
 
 
@@ -35,8 +40,11 @@ class Sampler:
     """
     self._mesh, self._frozen, self._decoder = mesh, frozen, decoder
     self._batch_size = recipe.eval_batch_size
+    recipe = dataclasses.replace(
+      recipe, mesh=mesh, apply=on_mesh(recipe.apply, mesh)
+    )
     self._sample = jax.jit(
-      functools.partial(policy.sample, dataclasses.replace(recipe, mesh=mesh)),
+      functools.partial(policy.sample, recipe),
       out_shardings=batch_sharding(mesh),
     )
 

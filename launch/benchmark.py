@@ -3,6 +3,7 @@
   python launch/benchmark.py ladder      what each technique adds, on two cores
   python launch/benchmark.py learning    rewards with and without techniques
   python launch/benchmark.py loading     checkpoint to devices
+  python launch/benchmark.py memory      training steps of full size, compiled
   python launch/benchmark.py models      steps of every family
   python launch/benchmark.py published   published set-ups, simulated
 
@@ -38,7 +39,9 @@ _GIGABYTES = flags.DEFINE_float(
   "gigabytes", 4.0, "loading: size of the synthetic checkpoint, 10^9 bytes."
 )
 _FAMILIES = flags.DEFINE_list(
-  "families", None, "models: which (flux, qwen_image, ...); default: all."
+  "families",
+  None,
+  "models, memory: which (flux, qwen_image, ...); default: all.",
 )
 _SIZE = flags.DEFINE_enum(
   "size",
@@ -82,6 +85,15 @@ def _loading() -> None:
   )
 
 
+def _memory() -> None:
+  os.environ.setdefault("JAX_PLATFORMS", "cpu")
+  start_devices(8)
+  from digen_jax.benchmarks import memory
+
+  families = _FAMILIES.value or (["sd3"] if _QUICK.value else None)
+  memory.run(_WORKDIR.value, families=families)
+
+
 def _models() -> None:
   start_devices(1)
   from digen_jax.benchmarks import models
@@ -106,6 +118,7 @@ BENCHMARKS = {
   "ladder": (_ladder, ()),
   "learning": (_learning, (_SEEDS, _STEPS)),
   "loading": (_loading, (_GIGABYTES,)),
+  "memory": (_memory, (_FAMILIES,)),
   "models": (_models, (_FAMILIES, _SIZE)),
   "published": (_published, ()),
 }
@@ -119,9 +132,10 @@ def main(name: str) -> None:
       f"{name!r} is no benchmark: name one of {', '.join(BENCHMARKS)} before "
       "the flags"
     )
-  for other, (_, own) in BENCHMARKS.items():
-    given = [flag.name for flag in own if flag.present]
-    if other != name and given:
+  for other, (_, theirs) in BENCHMARKS.items():
+    own = BENCHMARKS[name][1]
+    given = [f.name for f in theirs if f.present and f not in own]
+    if given:
       raise UserError(f"--{given[0]} is a flag of {other}, not of {name}")
   if _OUT.value:  # fails before the benchmark where it cannot be written
     os.makedirs(os.path.dirname(os.path.abspath(_OUT.value)), exist_ok=True)

@@ -124,6 +124,7 @@ def _measured(config):  # noqa: ANN001, ANN202
 
   from digen_jax import auto_split, plan_basis, run_files, training
   from digen_jax.launching import start_devices
+  from digen_jax.parallel.mesh import row_devices
   from digen_jax.pipeline.cost_table import table_from_measured
 
   start_devices(config.devices)
@@ -138,7 +139,7 @@ def _measured(config):  # noqa: ANN001, ANN202
     table_from_measured(
       measured,
       {name: lane.size for name, lane in hardware.items()},
-      shards={n: lane.shape.get("tensor", 1) for n, lane in hardware.items()},
+      shards={n: row_devices(lane.shape) for n, lane in hardware.items()},
       roles={name: name for name in hardware},
       source="measured here",
     ),

@@ -19,8 +19,13 @@ SPLITS = {
   "1+1": (1, 1, "auto"),
   "2+6 resharded": (2, 6, "rollout"),
   "5+3 gathered": (5, 3, "trainer"),
+  "tokens divided": (
+    {"data": 2, "sequence": 2},
+    {"fsdp": 2, "sequence": 2},
+    "trainer",
+  ),
 }
-SLOW = {"2+6 resharded", "5+3 gathered"}
+SLOW = {"2+6 resharded", "5+3 gathered", "tokens divided"}
 
 
 def config_of(prompts_file, **switches):

@@ -19,7 +19,7 @@ from digen_jax.models.attention import (
   row_blocks,
   splash_attention,
 )
-from digen_jax.parallel.mesh import make_mesh
+from digen_jax.parallel.mesh import BATCH_AXES, make_mesh, on_mesh
 from tests.references import normal
 
 
@@ -61,8 +61,9 @@ def test_every_method_is_direct_attention(name, masked):
     np.testing.assert_allclose(a, b, atol=3e-6)
 
 
-def test_splash_is_direct_attention():
-  query, key, value, mask = inputs(rows=130, keys=140, heads=2, head_dim=128)
+@pytest.mark.parametrize("head_dim", [128, 64])
+def test_splash_is_direct_attention(head_dim):
+  query, key, value, mask = inputs(130, 140, heads=2, head_dim=head_dim)
   expected = value_and_gradients(direct, query, key, value, mask)
   interpreted = functools.partial(splash_attention, size=128, interpret=True)
   actual = value_and_gradients(interpreted, query, key, value, mask)
@@ -125,6 +126,63 @@ def test_row_blocks_split_over_a_mesh():
   assert "all-gather" not in run.lower(*args, mask).compile().as_text()
 
 
+def test_a_fused_kernel_runs_on_every_device(monkeypatch):
+  interpreted = functools.partial(splash_attention, size=128, interpret=True)
+  monkeypatch.setitem(attention_lib.METHODS, "splash", interpreted)
+  monkeypatch.setattr(attention_lib, "DIRECT_SCORES", 0)
+  query, key, value, mask = inputs(130, 140, heads=4, head_dim=64, batch=4)
+  expected = value_and_gradients(direct, query, key, value, mask)
+  mesh = make_mesh(dict(data=2, fsdp=2, tensor=2), jax.devices())
+  monkeypatch.setattr(
+    attention_lib,
+    "_device_kind",
+    lambda shape: "tpu" if attention_lib._divides(shape) else "other",
+  )
+  monkeypatch.setattr(attention_lib, "choose", choose_in_float32)
+  chosen.clear()
+  heads = NamedSharding(mesh, P(BATCH_AXES, None, "tensor"))
+  args = [jax.device_put(x, heads) for x in (query, key, value)]
+  mask = jax.device_put(mask, NamedSharding(mesh, P(BATCH_AXES)))
+  function = on_mesh(attention, mesh)
+  actual = value_and_gradients(function, *args, mask)
+  for a, b in zip(actual, expected):
+    np.testing.assert_allclose(a, b, atol=5e-6)
+  program = jax.jit(function).lower(*args, mask).compile().as_text()
+  assert "all-gather" not in program and "all-to-all" not in program
+  assert set(chosen) == {"splash"}
+  # Neither three samples nor a program that nothing is said about.
+  function(query[:3], key[:3], value[:3])
+  attention(query, key, value)
+  assert chosen[-2:] == ["row_blocks"] * 2
+
+
+@pytest.mark.parametrize("rows", [37, 40])
+@pytest.mark.parametrize("method", ["direct", "row_blocks"])
+def test_rows_of_a_sample_are_divided(method, rows, monkeypatch):
+  monkeypatch.setattr(attention_lib, "choose", lambda *_: method)
+  query, key, value, mask = inputs(rows=rows, heads=4)
+  expected = value_and_gradients(direct, query, key, value, mask)
+  mesh = make_mesh(dict(data=2, sequence=2, tensor=2), jax.devices())
+  heads = NamedSharding(mesh, P("data", None, "tensor"))
+  args = [jax.device_put(x, heads) for x in (query, key, value)]
+  mask = jax.device_put(mask, NamedSharding(mesh, P("data")))
+  function = on_mesh(attention, mesh)
+  actual = value_and_gradients(function, *args, mask)
+  for a, b in zip(actual, expected):
+    np.testing.assert_allclose(a, b, atol=3e-6)
+  half = -(-rows // 2)
+  program = jax.jit(function).lower(*args, mask).compile().as_text()
+  assert f"f32[1,{half},2,8]" in program  # a sample, rows, heads, head
+
+
+chosen = []
+
+
+def choose_in_float32(shape, keys, dtype, device):
+  chosen.append(choose(shape, keys, jnp.bfloat16, device))
+  return chosen[-1]
+
+
 @pytest.mark.parametrize(
   ("shape", "keys", "dtype", "device", "method"),
   [
@@ -138,7 +196,8 @@ def test_row_blocks_split_over_a_mesh():
     ((1, 32760, 12, 128), 32760, "float32", "gpu", "row_blocks"),
     ((1, 16384, 1, 512), 16384, "bfloat16", "gpu", "row_blocks"),
     ((1, 32760, 12, 128), 32760, "bfloat16", "tpu", "splash"),
-    ((1, 4429, 24, 64), 4429, "bfloat16", "tpu", "row_blocks"),
+    ((1, 4429, 24, 64), 4429, "bfloat16", "tpu", "splash"),
+    ((1, 4429, 24, 64), 4429, "float32", "tpu", "row_blocks"),
     ((1, 256, 24, 128), 256, "bfloat16", "tpu", "direct"),
   ],
 )

@@ -168,7 +168,7 @@ def test_settings_of_published_models(name):
 @pytest.mark.parametrize("devices", [8, 16, 32])
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_layouts_split_the_weights(name, devices):
-  """FSDP leaves a device its share, tensor all but the modulations'."""
+  """Trainers leave a device its share, tensor all but the modulations'."""
   raw, weights, _, tensor = PUBLISHED[name]
   model = abstract(raw)
   leaves = jax.tree.leaves(model.params)
@@ -182,10 +182,14 @@ def test_layouts_split_the_weights(name, devices):
     ]
 
   total = sum(leaf.size for leaf in leaves)
-  trainer = stored((1, devices, 1), rules.TRAINER)
-  assert sum(trainer) < 1.01 * total / devices
+  assert sum(stored((1, devices, 1, 1), rules.TRAINER)) < 1.01 * total / devices
+  # Position tables have one dimension to split.
+  both = stored((1, devices // 2, 2, 1), rules.TRAINER)
+  assert sum(both) < 1.03 * total / devices
+  sent = stored((devices, 1, 1, 1), rules.PARTS)
+  assert sum(sent) < 1.01 * total / devices
 
-  rollout = stored((devices // tensor, 1, tensor), rules.ROLLOUT)
+  rollout = stored((devices // tensor, 1, 1, tensor), rules.ROLLOUT)
   assert model.config.num_attention_heads % tensor == 0
   split = [
     (part, leaf.size)

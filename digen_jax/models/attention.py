@@ -5,14 +5,19 @@ The scores of a video, S x S, fit no memory (HunyuanVideo at 129 frames of
 computed from blocks of rows, or by a fused kernel where there is one.
 """
 
+import contextlib
+import contextvars
 import functools
 import importlib.util
+import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jax.typing import DTypeLike
 
-from digen_jax.models.layers import round_to
+from digen_jax.models.layers import round_to, while_traced
 
 # Scores of one head of one sample up to which all are held at once.
 DIRECT_SCORES = 2**22
@@ -42,8 +47,68 @@ def attention(
   Returns:
     [B, S, H, D] in the inputs' dtype.
   """
-  method = choose(query.shape, key.shape[1], query.dtype, _device_kind())
-  return METHODS[method](query, key, value, mask)
+  device = _device_kind(query.shape)
+  method = choose(query.shape, key.shape[1], query.dtype, device)
+  function, division = METHODS[method], _DIVISION.get()
+  if division is not None and _divides(query.shape):
+    mesh, spec = division
+    if method == "splash" or mesh.shape[spec[1]] > 1:
+      function = _on_each_device(function, mesh, spec)
+  return function(query, key, value, mask)
+
+
+# The mesh of the program that is traced, and how it divides [B, S, H, D].
+_DIVISION: contextvars.ContextVar[tuple[Mesh, PartitionSpec] | None] = (
+  contextvars.ContextVar("division", default=None)
+)
+
+
+def divided(
+  mesh: Mesh, spec: PartitionSpec
+) -> contextlib.AbstractContextManager[None]:
+  """Says how what is traced is divided: XLA does not divide all kernels.
+
+  Args:
+    mesh: where the program runs.
+    spec: of queries [B, S, H, D]. Keys and values are divided likewise, but
+      whole along T.
+  """
+  return while_traced(_DIVISION, (mesh, spec))
+
+
+def _on_each_device(
+  function: Callable[..., jax.Array], mesh: Mesh, spec: PartitionSpec
+) -> Callable[..., jax.Array]:
+  """Attention of each device's samples, rows and heads, with all keys."""
+  batch, rows, *rest = spec
+  keys = PartitionSpec(batch, None, *rest)
+
+  def run(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+  ) -> jax.Array:
+    length = query.shape[1]
+    padding = -length % mesh.shape[rows]
+    query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    out = jax.shard_map(
+      function,
+      mesh=mesh,
+      in_specs=(spec, keys, keys, PartitionSpec(batch)),
+      out_specs=spec,
+      check_vma=False,
+    )(query, key, value, mask)
+    return out[:, :length]
+
+  return run
+
+
+def _divides(query_shape: tuple[int, ...]) -> bool:
+  """Whether devices have equal parts: one device, or by `divided`."""
+  if (division := _DIVISION.get()) is None:
+    return jax.device_count() == 1
+  mesh, spec = division
+  batch, _, heads, _ = query_shape
+  samples = math.prod(mesh.shape[name] for name in spec[0])
+  return not (batch % samples or heads % mesh.shape[spec[2]])
 
 
 def choose(
@@ -55,8 +120,9 @@ def choose(
     query_shape: [B, S, H, D].
     keys: T.
     dtype: of query, key and value.
-    device: "gpu" for one that cuDNN's attention supports, "tpu" for a single
-      one (XLA cannot divide a Pallas kernel among several), else anything.
+    device: "gpu" for one that cuDNN's attention supports, "tpu" for one that
+      has whole samples and heads (XLA cannot divide a Pallas kernel, see
+      `divided`), else anything.
   """
   _, rows, _, head_dim = query_shape
   half = jnp.dtype(dtype).itemsize == 2
@@ -64,7 +130,7 @@ def choose(
     return "cudnn"
   if rows * keys <= DIRECT_SCORES:
     return "direct"
-  if device == "tpu" and half and head_dim % BLOCK == 0:
+  if device == "tpu" and half:
     return "splash"
   return "row_blocks"
 
@@ -165,10 +231,10 @@ def splash_attention(
 ) -> jax.Array:
   """The fused attention of JAX's Pallas kernels for TPU.
 
-  Sequences are padded to whole blocks. Padding is a segment of its own among
-  keys; all queries, padding too, are of the prompt's segment, so that no row
-  is empty. This project's tests run the kernel in interpreted mode, not on a
-  TPU.
+  Sequences are padded to whole blocks, heads to the width of a matrix unit.
+  Padding is a segment of its own among keys; all queries, padding too, are of
+  the prompt's segment, so that no row is empty. This project's tests run the
+  kernel in interpreted mode, not on a TPU.
   """
   splash = importlib.import_module(SPLASH)
   (batch, length, heads, head_dim), keys = query.shape, key.shape[1]
@@ -177,7 +243,9 @@ def splash_attention(
   # The kernel does not scale.
   scaled = round_to(query.astype(jnp.float32) * head_dim**-0.5, query.dtype)
   query, key, value = (
-    jnp.pad(x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, 0)))
+    jnp.pad(
+      x, ((0, 0), (0, -x.shape[1] % size), (0, 0), (0, -head_dim % BLOCK))
+    )
     for x in (scaled, key, value)
   )
   mask = jnp.pad(mask, ((0, 0), (0, key.shape[1] - keys)))
@@ -196,7 +264,7 @@ def splash_attention(
   )
   heads_first = (x.swapaxes(1, 2) for x in (query, key, value))
   out = jax.vmap(kernel)(*heads_first, segments)
-  return out.swapaxes(1, 2)[:, :length]
+  return out.swapaxes(1, 2)[:, :length, :, :head_dim]
 
 
 METHODS = {
@@ -207,12 +275,13 @@ METHODS = {
 }
 
 
-def _device_kind() -> str:
+def _device_kind(query_shape: tuple[int, ...]) -> str:
   """The `device` of `choose` for this process."""
   device = jax.devices()[0]
   if device.platform == "gpu":
     # cuDNN's attention needs CUDA and compute capability 8.0 (Ampere).
     cuda = "cuda" in device.client.platform_version
     return "gpu" if cuda and float(device.compute_capability) >= 8 else "other"
-  alone = jax.device_count() == 1 and importlib.util.find_spec(SPLASH)
-  return "tpu" if device.platform == "tpu" and alone else "other"
+  if device.platform == "tpu" and importlib.util.find_spec(SPLASH):
+    return "tpu" if _divides(query_shape) else "other"
+  return "other"

@@ -385,7 +385,7 @@ def scan_blocks(
     The last carry.
   """
   graphdef, params = split(blocks)
-  prepare = _PREPARE.get()
+  prepare, place = _PREPARE.get(), _PLACE.get()
   axes = jax.tree.map(
     lambda names: names[1:],  # without "layers"
     logical_axes(blocks),
@@ -395,7 +395,11 @@ def scan_blocks(
   def body(carry: Any, layer: Params) -> tuple[Any, None]:
     if prepare is not None:
       layer = prepare(layer, axes)
-    return step(nnx.merge(graphdef, layer), carry), None
+    carry = step(nnx.merge(graphdef, layer), carry)
+    return (carry if place is None else jax.tree.map(place, carry)), None
+
+  if place is not None:
+    carry = jax.tree.map(place, carry)
 
   if remat == "block":
     body = jax.checkpoint(body, prevent_cse=False)
@@ -407,15 +411,18 @@ def scan_blocks(
   return jax.lax.scan(body, carry, params)[0]
 
 
-# Maps (a layer's parameters, their logical axes) to what is computed with.
-Prepare = Callable[[Params, Params], Params]
-_PREPARE: contextvars.ContextVar[Prepare | None] = contextvars.ContextVar(
+# What `scan_blocks` does to a layer's parameters, and to arrays between blocks.
+_PREPARE: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
   "prepare", default=None
+)
+_PLACE: contextvars.ContextVar[Callable | None] = contextvars.ContextVar(
+  "place", default=None
 )
 
 
-@contextlib.contextmanager
-def each_layer(prepare: Prepare) -> Iterator[None]:
+def each_layer(
+  prepare: Callable[[Params, Params], Params],
+) -> contextlib.AbstractContextManager[None]:
   """Has `scan_blocks` prepare a layer's parameters inside its loop.
 
   So parameters that are stored in parts are whole for one layer at a time,
@@ -425,11 +432,30 @@ def each_layer(prepare: Prepare) -> Iterator[None]:
     prepare: (a layer's parameters, their logical axes) -> parameters; traced
       wherever `scan_blocks` is while this context is entered.
   """
-  token = _PREPARE.set(prepare)
+  return while_traced(_PREPARE, prepare)
+
+
+def between_blocks(
+  place: Callable[[jax.Array], jax.Array],
+) -> contextlib.AbstractContextManager[None]:
+  """Has `scan_blocks` place arrays on a mesh before and after every block.
+
+  Args:
+    place: a leaf of the carry -> the same array; traced as in `each_layer`.
+  """
+  return while_traced(_PLACE, place)
+
+
+@contextlib.contextmanager
+def while_traced(
+  variable: contextvars.ContextVar, value: Any
+) -> Iterator[None]:
+  """Sets a context variable for as long as this is entered."""
+  token = variable.set(value)
   try:
     yield
   finally:
-    _PREPARE.reset(token)
+    variable.reset(token)
 
 
 def split(module: nnx.Module) -> tuple[nnx.GraphDef, Params]:

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from digen_jax.models import layers
 from digen_jax.parallel import rules
+from digen_jax.parallel.mesh import on_mesh
 from digen_jax.sampling.denoise import Apply
 
 
@@ -29,6 +30,8 @@ def reading(apply: Apply, mesh: Mesh, axes: Any, dtypes: Any) -> Apply:
       `layers.read_dtypes`. That is done before they are gathered.
   """
 
+  apply = on_mesh(apply, mesh)
+
   def whole(params: Any, axes: Any) -> Any:
     layout = rules.param_shardings(mesh, axes, params, rules.ROLLOUT)
     return jax.lax.with_sharding_constraint(params, layout)
@@ -38,7 +41,7 @@ def reading(apply: Apply, mesh: Mesh, axes: Any, dtypes: Any) -> Apply:
 
   def read(params: Any, *args: Any) -> Any:
     params = layers.as_read(params, dtypes)
-    if mesh.shape["fsdp"] == 1:
+    if mesh.shape["fsdp"] == mesh.shape["sequence"] == 1:
       return apply(params, *args)
     with layers.each_layer(whole):
       return apply(jax.tree.map(outside, params, axes), *args)

@@ -1,8 +1,8 @@
 """Mesh construction: one mesh for both roles, or one for each.
 
 Every mesh has the axes `data` (batch), `fsdp` (batch, and parameters split
-over it) and `tensor` (heads and MLP split over it). The sizes are chosen per
-role: generation and training need not be laid out alike.
+over it), `sequence` (the tokens of a sample) and `tensor` (heads and MLP). The
+sizes are chosen per role: generation and training need not be laid out alike.
 """
 
 import math
@@ -14,9 +14,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from digen_jax.errors import UserError
+from digen_jax.models import attention, layers
+from digen_jax.sampling.denoise import Apply
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "sequence", "tensor")
 BATCH_AXES = ("data", "fsdp")
+ROW_AXES = ("sequence", "tensor")  # over devices that share a row
 
 
 def make_meshes(
@@ -98,6 +101,36 @@ def one_by_one(
   )
 
 
+def row_devices(axes: Mapping[str, int]) -> int:
+  """How many devices share a row, by axis sizes."""
+  return math.prod(axes.get(name, 1) for name in ROW_AXES)
+
+
+def on_mesh(apply: Apply, mesh: Mesh) -> Apply:
+  """A model whose tokens, and kernels of attention, are divided on a mesh.
+
+  Between blocks every device has its part of a sample's tokens. In attention
+  it computes the rows of that part, with all keys: the scores of a row are
+  never in two places.
+  """
+  if mesh.size == 1:
+    return apply
+  heads = PartitionSpec(BATCH_AXES, "sequence", "tensor", None)
+  tokens = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence", None))
+
+  def place(x: jax.Array) -> jax.Array:
+    even = x.ndim == 3 and not (
+      x.shape[0] % batch_shards(mesh) or x.shape[1] % mesh.shape["sequence"]
+    )
+    return jax.lax.with_sharding_constraint(x, tokens) if even else x
+
+  def divided(*args: Any) -> Any:
+    with attention.divided(mesh, heads), layers.between_blocks(place):
+      return apply(*args)
+
+  return divided
+
+
 def padded_size(size: int, mesh: Mesh) -> int:
   """`size` rounded up to what the mesh splits evenly."""
   shards = batch_shards(mesh)
@@ -154,13 +187,14 @@ def _axis_sizes(
   if mode == "disaggregated":
     return sizes
   total = sum(math.prod(axes.values()) for axes in sizes.values())
-  tensor = sizes["trainer"].get("tensor", 1)
-  if total % tensor:
+  shared = {name: sizes["trainer"].get(name, 1) for name in ROW_AXES}
+  if total % row_devices(shared):
+    shown = ", ".join(f"{n}={size}" for n, size in shared.items() if size > 1)
     raise UserError(
       f"colocated mode puts the devices of both roles, {total}, on one mesh, "
-      f"which config.mesh.trainer's tensor={tensor} does not divide"
+      f"which config.mesh.trainer's {shown} does not divide"
     )
-  return {"colocated": {"fsdp": total // tensor, "tensor": tensor}}
+  return {"colocated": {"fsdp": total // row_devices(shared), **shared}}
 
 
 def _parse(role: str, value: Any, axis: str) -> dict[str, int] | None:

@@ -16,13 +16,17 @@ from digen_jax.errors import UserError
 
 # (logical axis, mesh axis), the first that applies wins. `tensor` splits what
 # attention heads and MLP units own; a size it does not divide is an error.
-# `fsdp` splits storage only, so a size it does not divide is passed over.
+# `fsdp` splits storage only, and so do `sequence` and `data`: a size that they
+# do not divide is passed over.
 Rules = Sequence[tuple[str, str]]
 
 TENSOR: Rules = (("heads", "tensor"), ("mlp", "tensor"))
 SPLIT = ("embed", "modulation", "mlp", "heads", "text", "time")
 ROLLOUT: Rules = TENSOR
-TRAINER: Rules = (*TENSOR, *((name, "fsdp") for name in SPLIT))
+TRAINER: Rules = (
+  *TENSOR,
+  *((name, axis) for axis in ("fsdp", "sequence") for name in SPLIT),
+)
 # Of gradients that a rollout mesh sends away: over all devices.
 PARTS: Rules = (*TRAINER, *((name, "data") for name in SPLIT))
 
