@@ -21,12 +21,13 @@ from digen_jax.assemble import (
 )
 from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import read_prompts
-from digen_jax.data.recorded import read_recorded
+from digen_jax.data.recorded import Recorded, read_recorded
 from digen_jax.errors import UserError
 from digen_jax.evaluation import Evaluated, evaluate
 from digen_jax.grpo.train_step import join
 from digen_jax.metrics import pace_reporter
 from digen_jax.models.published import recognise
+from digen_jax.npz import read_npz
 from digen_jax.policy import denoise as denoise_with
 from digen_jax.policy import still
 from digen_jax.rewards.compose import compose, parse
@@ -45,8 +46,12 @@ from digen_jax.weights.adapters import (
   train_settings,
 )
 from digen_jax.weights.export import check_fresh, export_pipeline
+from digen_jax.weights.load import read_json
+from digen_jax.weights.parity import Comparison, compare
 
 GRID = 64  # samples the overview picture shows at most
+# How far latents, and pictures in [0, 1], may be off recorded ones.
+LATENTS_WITHIN, IMAGES_WITHIN = 1e-4, 1e-3
 
 
 def sample_prompts(
@@ -215,6 +220,82 @@ def sample_recorded(
   """
   overrides = _with_lora(checkpoint, overrides, lora)
   plan = _check(checkpoint, overrides)
+  recorded = _recorded(inputs, plan)
+  out = _directory(out)
+  steps, images = _again(checkpoint, overrides, *recorded)
+  np.savez(out / "trajectory.npz", latents_after_step=steps, image=images)
+  for i, image in enumerate(np.round(still(images) * 255).astype(np.uint8)):
+    _save(out / f"{i:05d}", image, plan.config.eval.fps)
+  return len(images)
+
+
+def check_recorded(directory: str | Path) -> list[Comparison]:
+  """Compares a recorded run of a pipeline with ours, step by step.
+
+  Args:
+    directory: has `pipeline/`, `trajectory.npz` (what `sample_recorded` takes,
+      and diffusers' `latents_after_step` and `image`) and `meta.json` with
+      height, width, num_inference_steps and the other arguments of the call,
+      `call_kwargs`.
+
+  Returns:
+    The latents after every step, and the pictures.
+
+  Raises:
+    UserError: bad input.
+  """
+  directory = Path(directory)
+  checkpoint, file = directory / "pipeline", directory / "trajectory.npz"
+  overrides = _as_called(read_json(directory / "meta.json"), checkpoint)
+  wanted = read_npz(file)
+  if missing := {"latents_after_step", "image"} - set(wanted):
+    raise UserError(
+      f"{file} lacks {', '.join(sorted(missing))} to compare with"
+    )
+  plan = _check(checkpoint, overrides)
+  steps, images = _again(checkpoint, overrides, *_recorded(file, plan))
+  results = {
+    f"latents after step {i + 1}": (step, theirs, LATENTS_WITHIN)
+    for i, (step, theirs) in enumerate(
+      itertools.zip_longest(steps, wanted["latents_after_step"])
+    )
+  }
+  results["image"] = (still(images), wanted["image"], IMAGES_WITHIN)
+  return [
+    compare(name, np.asarray(ours), np.asarray(theirs), within)
+    for name, (ours, theirs, within) in results.items()
+  ]
+
+
+def _as_called(meta: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
+  """Overrides that ask for what a diffusers pipeline was called with."""
+  transformer = read_json(checkpoint / "transformer" / "config.json")
+  sizes = {name: meta[name] for name in ("height", "width") if name in meta}
+  called = meta.get("call_kwargs", {})
+  if "num_frames" in called:
+    sizes["num_frames"] = called["num_frames"]
+  # To these models diffusers gives its guidance_scale as an input; a second
+  # pass has a scale of its own.
+  told = "guidance_scale"
+  if "guidance_embeds" in transformer:
+    told, sizes["guidance_scale"] = "embedded_guidance", 1.0
+  for theirs, ours in (
+    ("guidance_scale", told),
+    ("true_cfg_scale", "guidance_scale"),
+  ):
+    if theirs in called:
+      sizes[ours] = called[theirs]
+  return {
+    "sampling": sizes,
+    "eval": {"num_steps": meta.get("num_inference_steps")},
+    "dtype": {"compute": "float32"},
+  }
+
+
+def _recorded(
+  inputs: str | Path, plan: Assembly
+) -> tuple[Recorded, Conditioning, Conditioning | None]:
+  """Recorded inputs, and the conditioning of both passes."""
   config = plan.config
   recorded = read_recorded(inputs, plan.recipe.latent_shape)
   prompts, negative = (
@@ -232,7 +313,17 @@ def sample_recorded(
       f"{inputs} has no negative_prompt_embeds, which a guidance scale of "
       f"{config.sampling.guidance_scale} needs: add them, or set it to 1"
     )
-  out = _directory(out)
+  return recorded, prompts, negative
+
+
+def _again(
+  checkpoint: str | Path,
+  overrides: Mapping[str, Mapping[str, Any]],
+  recorded: Recorded,
+  prompts: Conditioning,
+  negative: Conditioning | None,
+) -> tuple[np.ndarray, np.ndarray]:
+  """Latents [n, ...] in the layout of recorded inputs, and images [B, ...]."""
   policy = open_policy(checkpoint, overrides)
   recipe = policy.assembly.recipe
   with jax.default_matmul_precision("highest"):
@@ -245,11 +336,7 @@ def sample_recorded(
     )
     decoder = policy.assembly.weights.decoder
     images = np.asarray(jax.jit(recipe.decode)(decoder, states[-1]))
-  steps = recorded.theirs(np.asarray(states))
-  np.savez(out / "trajectory.npz", latents_after_step=steps, image=images)
-  for i, image in enumerate(np.round(still(images) * 255).astype(np.uint8)):
-    _save(out / f"{i:05d}", image, config.eval.fps)
-  return len(images)
+  return recorded.theirs(np.asarray(states)), images
 
 
 def evaluate_run(

@@ -1,8 +1,12 @@
 """Checks our models against recorded outputs of their diffusers reference.
 
-Each case is a diffusers module directory (config.json and safetensors) with
-inputs.npz, outputs.npz and, if there, meta.json. Prints one line an output;
-exits 1 if any is out of tolerance.
+  python launch/check_parity.py --case=DIR --case=ANOTHER
+
+A case is a diffusers module directory (config.json and safetensors) with
+inputs.npz, outputs.npz and, if there, meta.json; or a recorded run of a whole
+pipeline: pipeline/, trajectory.npz and meta.json, of which the latents after
+every step and the pictures are compared. Prints one line an output; exits 1 if
+any is out of tolerance.
 """
 
 import os
@@ -13,6 +17,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import app, flags
 
+from digen_jax import jobs
 from digen_jax.errors import UserError
 from digen_jax.weights import parity
 
@@ -24,7 +29,9 @@ def main(_: list[str]) -> None:
   passed = True
   try:
     for case in _CASE.value:
-      for result in parity.check_case(case):
+      recorded = (Path(case) / "pipeline").is_dir()
+      check = jobs.check_recorded if recorded else parity.check_case
+      for result in check(case):
         passed &= result.passed
         print(
           f"{Path(case).resolve().name} {result.output} "

@@ -202,16 +202,45 @@ def test_only_training_adds_to_a_set_of_embeddings(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_recorded_inputs_with_adapters(tmp_path):
-  model = load.load_model(FLUX)
+def recorded_inputs(model):
   vae = load.load_abstract_autoencoder(FLUX).config
   side = 16 // vae.downscale
-  np.savez(
-    tmp_path / "in.npz",
+  return dict(
     latents=normal(0, 1, vae.latent_channels, side, side),
     prompt_embeds=normal(1, 1, 5, model.config.joint_attention_dim),
     pooled_prompt_embeds=normal(2, 1, model.config.pooled_projection_dim),
   )
+
+
+def test_a_recorded_run_is_compared_step_by_step(tmp_path):
+  inputs = recorded_inputs(load.load_model(FLUX))
+  file = tmp_path / "trajectory.npz"
+  np.savez(file, **inputs)
+  (tmp_path / "pipeline").symlink_to(FLUX)
+  called = {"guidance_scale": 2.0, "true_cfg_scale": 1.0}
+  meta = dict(height=16, width=16, num_inference_steps=3, call_kwargs=called)
+  (tmp_path / "meta.json").write_text(json.dumps(meta))
+  with pytest.raises(UserError, match="lacks image, latents_after_step"):
+    jobs.check_recorded(tmp_path)
+  sampling = dict(height=16, width=16, embedded_guidance=2.0)
+  overrides = {"sampling": sampling, "eval": {"num_steps": 3}}
+  jobs.sample_recorded(FLUX, file, tmp_path / "out", overrides=overrides)
+  found = dict(np.load(tmp_path / "out" / "trajectory.npz"))
+  found["latents_after_step"][1] += 2e-4
+  found["image"] = found["image"] + 2e-4
+  np.savez(file, **inputs, **found)
+  results = jobs.check_recorded(tmp_path)
+  assert [r.output for r in results if not r.passed] == ["latents after step 2"]
+  assert len(results) == 4
+  # Steps that only one side has are no match.
+  found["latents_after_step"] = found["latents_after_step"][:2]
+  np.savez(file, **inputs, **found)
+  assert not jobs.check_recorded(tmp_path)[2].passed
+
+
+def test_recorded_inputs_with_adapters(tmp_path):
+  model = load.load_model(FLUX)
+  np.savez(tmp_path / "in.npz", **recorded_inputs(model))
   adapted = lora.adapt(
     model, rank=2, alpha=2.0, targets=("attn",), key=jax.random.key(0)
   )

@@ -34,7 +34,7 @@ class Comparison:
   """One output against its reference.
 
   Attributes:
-    output: its name in `outputs.npz`.
+    output: its name.
     max_abs: largest absolute difference; infinite if the shapes differ.
     relative: norm of the difference over the norm of the reference.
     tolerance: on `max_abs`.
@@ -81,7 +81,7 @@ def check_case(directory: str | Path) -> list[Comparison]:
   with jax.default_matmul_precision("highest"):
     results = RUNNERS[class_name](directory, inputs, outputs)
     compared = [
-      _compare(name, np.asarray(result), outputs[name], meta)
+      compare(name, np.asarray(result), outputs[name], tolerance(name, meta))
       for name, result in results
     ]
   if not compared:
@@ -103,18 +103,19 @@ def tolerance(output: str, meta: dict) -> float:
   return max(FLOOR, NOISE_FACTOR * noise, FLOOR + TIME_TABLE_FACTOR * table)
 
 
-def _compare(
-  name: str, result: np.ndarray, reference: np.ndarray, meta: dict
+def compare(
+  name: str, result: np.ndarray, reference: np.ndarray, within: float
 ) -> Comparison:
+  """An array and what it should be, of any shapes; `within` as tolerance."""
   if result.shape != reference.shape:
-    return Comparison(name, np.inf, np.inf, tolerance(name, meta))
+    return Comparison(name, np.inf, np.inf, within)
   difference = result.astype(np.float64) - reference.astype(np.float64)
   norm = np.linalg.norm(reference.ravel().astype(np.float64))
   return Comparison(
     output=name,
     max_abs=float(np.abs(difference).max()),
     relative=float(np.linalg.norm(difference.ravel()) / (norm + 1e-30)),
-    tolerance=tolerance(name, meta),
+    tolerance=within,
   )
 
 
