@@ -154,7 +154,8 @@ class Memory:
     usable: what there is.
     weights: that are whole on the lane, or this device's part of them where
       devices work on a row together: all of a lane that generates, two layers
-      of one that only trains, which gathers them one at a time.
+      of one that only trains, which gathers them one at a time (all where
+      nothing is recomputed).
     gradient: of a layer, likewise.
     reference: of the reference policy, likewise.
     state: all that the devices of the lane divide: gradients, and on a lane
@@ -265,7 +266,10 @@ def _memory(
     state = (STATE + TRAINED * job.average) * job.trained
     state += job.read_bytes + reference
     reference = 0.0
-    layers = 2 * job.itemsize * job.parameters / job.denoiser.depth
+    # A layer and the next; without recomputation all stay for the way back.
+    depth = job.denoiser.depth
+    held = depth if job.remat == "none" else 2
+    layers = held * job.itemsize * job.parameters / depth
     if role == "trainer":
       state += job.frozen_bytes
       weights = layers
@@ -293,9 +297,9 @@ def _memory(
   raise UserError(
     f"a model of {job.parameters / 1e9:.1f}e9 weights does not fit: of "
     f"{device.memory:.0f} GiB on a {device.name}, shared by {shards} devices "
-    f"of a {role} lane of {devices}, weights and gradient take "
-    f"{(found.weights + found.gradient + found.reference) / GIB:.0f}, the "
-    f"state of training {state / max(devices, shards) / GIB:.0f} and one row "
+    f"of a {role} lane of {devices}, weights and a layer's gradient take "
+    f"{(found.weights + found.gradient + found.reference) / GIB:.0f}, what is "
+    f"in parts {state / max(devices, shards) / GIB:.0f} and one row "
     f"{found.row / GIB:.0f} GiB; give more devices, larger ones, train "
     "adapters (config.train.lora_rank), or keep less "
     "(config.train.remat='block', config.dtype.compute='bfloat16')"
@@ -408,7 +412,7 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     "layers beside its part), gradients in parts, the state of training and "
     "activations are counted, and neither the decoder nor what generating "
     "works with; devices that share a row divide weights, but not the residual "
-    "stream (a sequence axis is taken for a tensor axis)",
+    "stream",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

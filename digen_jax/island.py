@@ -254,7 +254,7 @@ class Island:
       negative: [1, ...] host arrays, with guidance.
       seed: of the noise.
     """
-    params = self._as_read(params, self._rollout_layout)
+    params = reshard(params, self._rollout_layout)
     return self._sampler(params, conditioning, negative, seed)
 
   @functools.cached_property
@@ -349,8 +349,10 @@ class Island:
     return Parcel(update, params, checksums(params))
 
   def averaged(self) -> Any:
-    """What evaluation samples with: the average if there is one."""
-    return self.state["ema" if self.recipe.ema_decay else "trainable"]
+    """What evaluation samples with, as layers read it: the average if any."""
+    return self._read(
+      self.state["ema" if self.recipe.ema_decay else "trainable"]
+    )
 
   # Checkpoints.
 

@@ -270,8 +270,16 @@ def check_recorded(directory: str | Path) -> list[Comparison]:
 def _as_called(meta: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
   """Overrides that ask for what a diffusers pipeline was called with."""
   transformer = read_json(checkpoint / "transformer" / "config.json")
-  sizes = {name: meta[name] for name in ("height", "width") if name in meta}
-  called = meta.get("call_kwargs", {})
+  for name in ("height", "width", "num_inference_steps"):
+    if not isinstance(meta.get(name), int):
+      raise UserError(
+        f"{checkpoint.parent}/meta.json has no {name}, a number: it has to say "
+        "what the pipeline was called with"
+      )
+  sizes = {name: meta[name] for name in ("height", "width")}
+  called = {
+    k: v for k, v in meta.get("call_kwargs", {}).items() if v is not None
+  }
   if "num_frames" in called:
     sizes["num_frames"] = called["num_frames"]
   # To these models diffusers gives its guidance_scale as an input; a second
@@ -284,10 +292,11 @@ def _as_called(meta: Mapping[str, Any], checkpoint: Path) -> dict[str, Any]:
     ("true_cfg_scale", "guidance_scale"),
   ):
     if theirs in called:
-      sizes[ours] = called[theirs]
+      scale = called[theirs]  # a second pass at 1 or less is none, to diffusers
+      sizes[ours] = scale if ours != "guidance_scale" else max(scale, 1.0)
   return {
     "sampling": sizes,
-    "eval": {"num_steps": meta.get("num_inference_steps")},
+    "eval": {"num_steps": meta["num_inference_steps"]},
     "dtype": {"compute": "float32"},
   }
 

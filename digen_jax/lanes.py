@@ -109,10 +109,19 @@ def make_team(config: Config, assembly: Assembly) -> Team:
 def check_lanes(
   axes: Mapping[str, Mapping[str, int]], assembly: Assembly
 ) -> None:
-  """Raises UserError where the mesh of a lane cuts heads of the model."""
+  """Raises UserError where a lane's mesh does not divide heads or tokens."""
   heads = assembly.model.config.num_attention_heads
-  for shape in axes.values():
+  # Every family's patches are 2 x 2 pixels of the latents, and of a frame.
+  tokens = math.prod(assembly.recipe.latent_shape[:-1]) // 4
+  for name, shape in axes.items():
     check_heads(shape, heads, assembly.model.family.class_name)
+    size = shape.get("sequence", 1)
+    if tokens % size:
+      raise UserError(
+        f"the sequence axis of the {name} mesh, {size}, does not divide the "
+        f"{tokens} tokens of a sample: give it a divisor of them, such as "
+        f"{math.gcd(tokens, size)}, in config.mesh"
+      )
 
 
 def team_of(lanes: Sequence[Lane], links: Mapping[str, Link]) -> Team:

@@ -163,10 +163,17 @@ def make_plan(
     price: of a device for an hour.
 
   Raises:
-    UserError: the devices are fewer than the config asks for, or nothing fits
-      on them.
+    UserError: the devices are fewer than the config asks for, nothing fits
+      on them, or a mesh has a sequence axis.
   """
   table = basis.table
+  for role in ROLES:
+    mesh = getattr(config.mesh, role)
+    if isinstance(mesh, Mapping) and mesh.get("sequence", 1) > 1:
+      raise UserError(
+        f"config.mesh.{role} has a sequence axis, whose memory and seconds "
+        "plans do not know: leave it out of the plan"
+      )
   if not config.pipeline.tsp:  # rungs that have it fold all trained steps
     work = dataclasses.replace(work, pack=work.window)
   split = configured_split(config, work, devices)
@@ -231,8 +238,7 @@ def _axes_too_small(config: Config, basis: Basis) -> str:
     if own and own < needed:
       return (
         f"does not fit: a row of config.mesh.{role} is shared by {own} devices "
-        f"(axes tensor and sequence), and {needed} are needed: give it a "
-        "larger tensor axis"
+        f"(its tensor axis), and {needed} are needed: give it that axis"
       )
   return ""
 

@@ -11,7 +11,7 @@ from digen_jax.island import Island
 from digen_jax.links import Hardware
 from digen_jax.optimizer import make_optimizer
 from digen_jax.parallel.mesh import make_mesh
-from digen_jax.parallel.rules import ROLLOUT, TRAINER
+from digen_jax.parallel.rules import PARTS, TRAINER
 from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.units import Kind
 
@@ -37,7 +37,8 @@ UNHEARD = frozenset({"add", "receive", "switch"})
 def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":
   """Loads a run's checkpoint onto all devices of this process."""
   mesh = make_mesh(axes, jax.devices())
-  rules = TRAINER if Kind.TRAIN in lane.kinds else ROLLOUT
+  # In parts at first: what is trained comes in float32, wider than it stays.
+  rules = TRAINER if Kind.TRAIN in lane.kinds else PARTS
   assembly = assemble(config, mesh=mesh, rules=rules)
   updates = config.steps * config.train.updates_per_batch
   optimizer = make_optimizer(config.train, updates)

@@ -80,6 +80,27 @@ def test_gradients_are_those_of_whole_parameters(model, remat, axes):
   )
 
 
+def test_gradients_of_a_rollout_mesh_are_never_whole(model):
+  mesh = make_mesh({"data": 4}, jax.devices()[:4])
+  graphdef, params = layers.split(model)
+  params = jax.tree.map(jnp.bfloat16, params)  # as they are sent
+  axes, dtypes = layers.logical_axes(model), layers.read_dtypes(model)
+  apply = reading(loss_of(graphdef, "block"), mesh, axes, dtypes)
+
+  def loss(params, x):
+    return jnp.sum(apply(params, x) ** 2)
+
+  def gradient(params, x):
+    return jax.grad(loss)(jax.tree.map(jnp.float32, params), x)
+
+  parts = rules.param_shardings(mesh, axes, params, rules.PARTS)
+  x = jax.device_put(np.ones((8, 7), np.float32), batch_sharding(mesh))
+  program = jax.jit(gradient, out_shardings=parts).lower(params, x).compile()
+  loops = [line for line in program.as_text().splitlines() if " while(" in line]
+  assert len(loops) == 2  # there, and back with gradients in parts
+  assert any(f"f32[{DEPTH},{DIM // 4},24]" in line for line in loops)
+
+
 @pytest.mark.parametrize("remat", ["dots", "block"])
 def test_no_stack_is_ever_whole(model, remat):
   mesh = make_mesh({"fsdp": 4}, jax.devices()[:4])

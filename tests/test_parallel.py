@@ -1,5 +1,7 @@
 """Meshes, rules, resharding."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from digen_jax.errors import UserError
+from digen_jax.lanes import check_lanes
 from digen_jax.parallel import rules
 from digen_jax.parallel.mesh import (
   batch_shards,
@@ -105,6 +108,18 @@ def test_tensor_axis_must_not_cut_heads():
   # 12 heads of 128 features: 8 divides the features, not the heads.
   with pytest.raises(UserError, match=r"8, .* 12 attention heads.* axis of 4"):
     rules.check_heads(mesh.shape, 12, "Wan")
+
+
+def test_sequence_axis_must_divide_tokens():
+  class_name = types.SimpleNamespace(class_name="FLUX")
+  config = types.SimpleNamespace(num_attention_heads=24)
+  assembly = types.SimpleNamespace(
+    model=types.SimpleNamespace(config=config, family=class_name),
+    recipe=types.SimpleNamespace(latent_shape=(128, 128, 16)),
+  )
+  check_lanes({"rollout": {"data": 2, "sequence": 4}}, assembly)
+  with pytest.raises(UserError, match="6, does not divide the 4096.* as 2,"):
+    check_lanes({"rollout": {"sequence": 6}}, assembly)
 
 
 def tree():

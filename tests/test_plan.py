@@ -232,6 +232,13 @@ def test_a_config_that_does_not_fit_is_told_and_not_timed():
   assert plan.rungs["tsp"].split.pack == 2
 
 
+def test_a_plan_knows_no_sequence_axis():
+  config = small_config()
+  mesh = dataclasses.replace(config.mesh, rollout={"data": 4, "sequence": 2})
+  with pytest.raises(UserError, match=r"mesh\.rollout has a sequence axis"):
+    ledger_plan(dataclasses.replace(config, mesh=mesh))
+
+
 def test_a_mesh_that_holds_no_row_is_told():
   config = small_config()
   config = dataclasses.replace(config, dtype=Dtype("float32"))

@@ -96,7 +96,6 @@ def test_the_form_of_the_kl_is_that_of_the_recipe():
   for form in ("diffusion", "transition"):
     _, metrics = policy.gradients(
       make_recipe(kl_form=form),
-      lambda tree: tree,
       PARAMS,
       {},
       {"rate": jnp.float32(0.1)},

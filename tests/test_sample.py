@@ -222,6 +222,10 @@ def test_a_recorded_run_is_compared_step_by_step(tmp_path):
   (tmp_path / "meta.json").write_text(json.dumps(meta))
   with pytest.raises(UserError, match="lacks image, latents_after_step"):
     jobs.check_recorded(tmp_path)
+  (tmp_path / "meta.json").write_text(json.dumps(meta | {"height": None}))
+  with pytest.raises(UserError, match=r"meta\.json has no height, a number"):
+    jobs.check_recorded(tmp_path)
+  (tmp_path / "meta.json").write_text(json.dumps(meta))
   sampling = dict(height=16, width=16, embedded_guidance=2.0)
   overrides = {"sampling": sampling, "eval": {"num_steps": 3}}
   jobs.sample_recorded(FLUX, file, tmp_path / "out", overrides=overrides)

@@ -166,6 +166,7 @@ class PatchConv(nnx.Module):
     self.kernel = nnx.Param(
       kernel.reshape(PATCH, PATCH, config.in_channels, config.dim),
       logical_axes=(None, None, "latent", "embed"),
+      read_as=jnp.dtype(config.dtype),
     )
     self.bias = nnx.Param(jnp.zeros(config.dim), logical_axes=("embed",))
     self.dtype = config.dtype

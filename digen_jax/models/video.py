@@ -84,6 +84,7 @@ class PatchEmbed(nnx.Module):
     self.kernel = nnx.Param(
       kernel.reshape(*patch, in_channels, dim),
       logical_axes=(None, None, None, "latent", "embed"),
+      read_as=jnp.dtype(dtype),
     )
     self.bias = nnx.Param(jnp.zeros(dim), logical_axes=("embed",))
     self.patch = patch

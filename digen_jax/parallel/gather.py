@@ -1,7 +1,8 @@
 """Parameters stored in parts (`fsdp`), made whole where they are used.
 
 A stack of blocks is gathered a layer at a time inside its loop, and again in
-the backward pass, so that a device never holds more than its part and a layer.
+the backward pass, so that a device holds little more than its part and a layer
+(without recomputation, `remat="none"`, gathered layers are kept for that pass).
 Gradients go back to parts as they come. Every device computes its rows with
 whole matrices, as a rollout mesh does.
 

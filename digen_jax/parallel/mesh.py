@@ -113,13 +113,11 @@ def on_mesh(apply: Apply, mesh: Mesh) -> Apply:
   it computes the rows of that part, with all keys: the scores of a row are
   never in two places.
   """
-  if mesh.size == 1:
-    return apply
   heads = PartitionSpec(BATCH_AXES, "sequence", "tensor", None)
   tokens = NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence", None))
 
   def place(x: jax.Array) -> jax.Array:
-    even = x.ndim == 3 and not (
+    even = (mesh.size > 1 and x.ndim == 3) and not (
       x.shape[0] % batch_shards(mesh) or x.shape[1] % mesh.shape["sequence"]
     )
     return jax.lax.with_sharding_constraint(x, tokens) if even else x

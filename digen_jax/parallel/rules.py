@@ -71,7 +71,7 @@ def check_heads(shape: Mapping[str, int], heads: int, name: str) -> None:
       f"the tensor axis of the mesh, {size}, does not divide the {heads} "
       f"attention heads of {name}: give config.mesh a tensor axis of "
       f"{math.gcd(heads, devices)}, the largest that divides both them and "
-      f"the {devices} devices, and the rest to data or fsdp"
+      f"the {devices} devices, and the rest to data, fsdp or sequence"
     )
 
 
