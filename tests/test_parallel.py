@@ -118,7 +118,7 @@ def test_sequence_axis_must_divide_tokens():
     recipe=types.SimpleNamespace(latent_shape=(128, 128, 16)),
   )
   check_lanes({"rollout": {"data": 2, "sequence": 4}}, assembly)
-  with pytest.raises(UserError, match="6, does not divide the 4096.* as 2,"):
+  with pytest.raises(UserError, match=r"6, does not divide the 4096.* as 2,"):
     check_lanes({"rollout": {"sequence": 6}}, assembly)
 
 
