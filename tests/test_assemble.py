@@ -120,7 +120,7 @@ def test_a_run_loads_where_it_trains(mode, devices, prompts_file, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_lane_of_its_own_loads_in_its_own_layout(number, monkeypatch):
+def test_a_lane_of_its_own_loads_onto_its_own_mesh_in_parts(number, monkeypatch):
   config = from_config_dict(small_config("prompts.txt"))
   lane = make_lanes(config.pipeline)[number]
   found = {}
@@ -133,7 +133,7 @@ def test_a_lane_of_its_own_loads_in_its_own_layout(number, monkeypatch):
   axes = ({"tensor": 4, "data": 2}, {"fsdp": 8})[number]
   island = serving.serve(config, lane, axes).island
   assert found["mesh"] == island.mesh
-  assert found["rules"] == (rules.ROLLOUT, rules.TRAINER)[number]
+  assert found["rules"] == (rules.PARTS, rules.TRAINER)[number]
   assert island.mesh.size == 8
 
 
