@@ -120,7 +120,9 @@ def test_a_run_loads_where_it_trains(mode, devices, prompts_file, monkeypatch):
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_lane_of_its_own_loads_onto_its_own_mesh_in_parts(number, monkeypatch):
+def test_a_lane_of_its_own_loads_onto_its_own_mesh_in_parts(
+  number, monkeypatch
+):
   config = from_config_dict(small_config("prompts.txt"))
   lane = make_lanes(config.pipeline)[number]
   found = {}
