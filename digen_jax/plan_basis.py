@@ -158,7 +158,7 @@ def from_ledgers(
     sampling = dataclasses.replace(sampling, **own)
     config = dataclasses.replace(config, sampling=sampling)
   job, kinds = job_of(config, model), (rollout, trainer)
-  least = {role: row_axes(config, role) or 1 for role in ROLES}
+  least = {role: devices_to_a_row(config, role) or 1 for role in ROLES}
   least["colocated"] = least["trainer"]
   size = f"{sampling.num_frames} x {sampling.height} x {sampling.width}"
   return Basis(
@@ -174,7 +174,7 @@ def from_ledgers(
   )
 
 
-def row_axes(config: Config, role: str) -> int | None:
+def devices_to_a_row(config: Config, role: str) -> int | None:
   """Devices that share a row in a role of the config; None for "auto"."""
   mesh = getattr(config.mesh, role)
   if mesh == "auto":

@@ -30,7 +30,7 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
-from digen_jax.plan_basis import ROLES, Basis, row_axes
+from digen_jax.plan_basis import ROLES, Basis, devices_to_a_row
 from digen_jax.svg import number
 from digen_jax.throughput import TERA
 from digen_jax.timeline import write_trace
@@ -234,7 +234,7 @@ def _rungs(
 def _axes_too_small(config: Config, basis: Basis) -> str:
   """Why devices of the config's own axes hold no row; "" if they do."""
   for role in ROLES if basis.memory else ():
-    own, needed = row_axes(config, role), basis.table.role(role).shards
+    own, needed = devices_to_a_row(config, role), basis.table.role(role).shards
     if own and own < needed:
       return (
         f"does not fit: a row of config.mesh.{role} is shared by {own} devices "

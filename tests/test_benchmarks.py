@@ -12,7 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from digen_jax.benchmarks import cases, loading, models, output, reference
+from digen_jax.benchmarks import (
+  cases,
+  loading,
+  memory,
+  models,
+  output,
+  reference,
+)
+from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
 from digen_jax.weights import load, safetensors
 
@@ -126,3 +134,19 @@ def test_models_writes_a_table(tmp_path):
   record = json.loads((tmp_path / "models.json").read_text())
   assert record["left_out"] == []
   assert (tmp_path / "models.md").read_text().startswith("| model")
+
+
+def test_an_unknown_family_is_refused_before_anything_is_compiled(tmp_path):
+  for benchmark in (memory, models):
+    with pytest.raises(UserError, match="--families: flx unknown; there are"):
+      benchmark.run(tmp_path, families=["flux", "flx"])
+
+
+@pytest.mark.slow
+def test_a_device_holds_its_part_of_a_full_size_step(tmp_path):
+  lora, full = memory.run(tmp_path, families=["sd3"])
+  assert (lora["trained"], full["trained"]) == ("adapters", "all")
+  whole = full["all weights, GB"]  # in bfloat16
+  assert 0.9 * whole / 8 < lora["stored on a device, GB"] < 1.2 * whole / 8
+  assert 1.8 * whole / 8 < full["stored on a device, GB"] < 2.2 * whole / 8
+  assert max(lora["temporaries, GB"], full["temporaries, GB"]) < whole

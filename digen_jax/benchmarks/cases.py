@@ -1,13 +1,14 @@
 """The models that are measured: published sizes, tiny ones, inputs."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from digen_jax import models
+from digen_jax.errors import UserError
 from digen_jax.types import Conditioning
 
 JOINT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 24}
@@ -211,3 +212,13 @@ CASES = {
     masked=True,
   ),
 }
+
+
+def chosen(families: Sequence[str] | None) -> Sequence[str]:
+  """Keys of `CASES`, all by default; UserError for a name that is none."""
+  if unknown := set(families or ()) - set(CASES):
+    raise UserError(
+      f"--families: {', '.join(sorted(unknown))} unknown; there are "
+      f"{', '.join(CASES)}"
+    )
+  return families or tuple(CASES)
