@@ -14,12 +14,14 @@ from safetensors.numpy import load_file
 
 from digen_jax.benchmarks import (
   cases,
+  ladder,
   loading,
   memory,
   models,
   output,
   reference,
 )
+from digen_jax.benchmarks.ladder import workload_config
 from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
 from digen_jax.weights import load, safetensors
@@ -134,6 +136,46 @@ def test_models_writes_a_table(tmp_path):
   record = json.loads((tmp_path / "models.json").read_text())
   assert record["left_out"] == []
   assert (tmp_path / "models.md").read_text().startswith("| model")
+
+
+class _Rung:
+  """Takes as long, and loses as much, as it is told."""
+
+  config = workload_config("balanced", 2, 2)
+
+  def __init__(self, *runs):
+    self.runs, self.steps = list(runs), []
+
+  def run(self, first):
+    self.steps.append(first)
+    seconds, stolen = self.runs.pop(0)
+    return ladder.Ran([seconds] * 3, [], [], False, 0.0, stolen, {})
+
+
+def test_what_others_disturbed_is_run_again_next_to_its_neighbours():
+  rungs = {
+    "gap": _Rung((2.0, 0.0), (2.0, 0.01), (3.0, 0.2), (2.0, 0.0)),
+    "tsp": _Rung((9.0, 0.3), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
+  }
+  told = []
+  ran = ladder._repeat(rungs, 3, told.append)
+  assert [r.seconds[0] for r in ran["tsp"]] == [1.0, 1.0, 1.0]
+  assert [r.seconds[0] for r in ran["gap"]] == [2.0, 2.0, 2.0]
+  assert ladder._ratios_to_before(ran, "tsp") == [2.0, 2.0, 2.0]
+  steps = sorted(rungs["gap"].steps + rungs["tsp"].steps)
+  assert steps == list(range(0, 8 * ladder.STEPS, ladder.STEPS))
+  assert "30.0 % of the cores taken away" in told[1]
+
+
+def test_a_machine_that_is_never_quiet_ends_the_ladder_all_the_same():
+  rung = _Rung((1.0, 0.5), (1.0, 0.3), *[(1.0, 0.5)] * 4)
+  ran = ladder._repeat({"gap": rung}, 3, lambda line: None)
+  assert not rung.runs  # as many again, and no more
+  assert [r.stolen for r in ran["gap"]] == [0.3, 0.5, 0.5]  # the quietest
+
+
+def test_processor_time_that_is_taken_away_is_read():
+  assert ladder.stolen_seconds() >= 0
 
 
 def test_an_unknown_family_is_refused_before_anything_is_compiled(tmp_path):

@@ -11,6 +11,7 @@ reported.
 
 import dataclasses
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -60,6 +61,8 @@ WORKLOADS: Mapping[str, tuple[int, int]] = {
   "training-heavy": (8, 6),
 }
 STEPS = 5  # of a repetition; the first and the last are not counted
+QUIET = 0.02  # of the cores: a repetition that lost more is run again,
+EXTRA = 1.0  # for at most so many times as many as were asked for
 SOLO = (0.97, 1.03)  # cores that a lane alone may use
 OVERLAP = 1.9  # least (A alone + B alone) / both
 TRIMMED = 20  # of so many equal units, the slowest and the fastest are left out
@@ -77,6 +80,7 @@ class Ran:
     costs: of their units: what a lane was busy, and what taking it in took.
     stale: whether units of the next step might start early.
     driver_seconds: CPU time of this process per counted step, rewards included.
+    stolen: share of the machine's cores that a hypervisor gave to others.
     accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
       step.
   """
@@ -86,6 +90,7 @@ class Ran:
   costs: list[Took]
   stale: bool
   driver_seconds: float
+  stolen: float
   accounting: dict[str, dict[str, float]]
 
 
@@ -154,17 +159,33 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
       "workload": name,
       "rung": rung,
       "step, s": r["median_seconds"],
-      "of the bound": r["bound_fraction"],
+      "range, s": _range(r["step_seconds"]),
       "x sequential": r["ratio_to_sequential"],
       "x colocated": r["ratio_to_colocated"],
+      "x the rung before": _range(r["ratios_to_before"], middle=True),
+      "of the bound": r["bound_fraction"],
       "of its own bound": r["own_bound_fraction"],
-      "predicted, s": r["predicted_step_seconds"],
-      "idle": " + ".join(f"{s['idle']:.2f}" for s in r["lanes"].values()),
+      "predicted / measured": r["predicted_step_seconds"] / r["median_seconds"],
+      "busy, s": _by_lane(r, "busy"),
+      "idle, s": _by_lane(r, "idle"),
       "driver, CPU s": r["driver_cpu_seconds"],
+      "cores taken away, %": 100 * max(r["stolen"]),
     }
     for name, workload in result["workloads"].items()
     for rung, r in workload["rungs"].items()
   ]
+
+
+def _range(values: Sequence[float], middle: bool = False) -> str:
+  """Lowest to highest, with the median before them if asked; "" of nothing."""
+  if not values:
+    return ""
+  span = f"{min(values):.2f}–{max(values):.2f}"
+  return f"{statistics.median(values):.2f} ({span})" if middle else span
+
+
+def _by_lane(rung: Mapping[str, Any], key: str) -> str:
+  return " + ".join(f"{s[key]:.2f}" for s in rung["lanes"].values())
 
 
 def workload_config(name: str, groups: int, group_size: int) -> Config:
@@ -276,11 +297,13 @@ class _Rung:
     spans: list[Span] = []
     ends: list[float] = []
     driver: list[float] = []
+    stolen: list[float] = []
     for step in range(first, last + 1):
       self.program.begin_step(step)
       ran, state = executor.run(state)
       ends.append(time.perf_counter())
       driver.append(time.process_time())
+      stolen.append(stolen_seconds())
       spans += ran
       if step < last:
         state = next_step(state, last=ahead)
@@ -293,6 +316,7 @@ class _Rung:
       [took for took in self.costs.every if first < took[1].step < last],
       stale,
       (driver[-2] - driver[0]) / counted,
+      (stolen[-2] - stolen[0]) / (ends[-2] - ends[0]) / os.cpu_count(),
       {
         lane: {k: v / counted for k, v in dataclasses.asdict(a).items()}
         for lane, a in accounting.items()
@@ -355,17 +379,41 @@ def _repeat(
   repetitions: int,
   report: Callable[[str], None],
 ) -> dict[str, list[Ran]]:
-  """Every rung in turn, several times over."""
+  """Every rung in turn, several times over.
+
+  A repetition during which others had the cores says nothing about a rung, so
+  it is put aside and run again at once, next to the ones it is compared with.
+  When there have been too many, they count as they are.
+  """
   ran: dict[str, list[Ran]] = {name: [] for name in rungs}
   step = {"colocated": 0, "disaggregated": 0}  # each has its own training
+  extra = round(EXTRA * repetitions * len(rungs))
   for repetition in range(repetitions):
     for name, rung in rungs.items():
-      mode = rung.config.pipeline.mode
-      ran[name].append(rung.run(step[mode]))
-      step[mode] += STEPS
-      seconds = statistics.median(ran[name][-1].seconds)
-      report(f"  repetition {repetition + 1}  {name:11s} {seconds:.3f} s")
+      mode, tries = rung.config.pipeline.mode, []
+      while not tries or (tries[-1].stolen > QUIET and extra > 0):
+        extra -= bool(tries)
+        tries.append(rung.run(step[mode]))
+        step[mode] += STEPS
+        seconds = statistics.median(tries[-1].seconds)
+        report(
+          f"  repetition {repetition + 1}  {name:11s} {seconds:.3f} s, "
+          f"{100 * tries[-1].stolen:.1f} % of the cores taken away"
+        )
+      ran[name].append(min(tries, key=lambda one: one.stolen))
   return ran
+
+
+def stolen_seconds() -> float:
+  """Processor time that this machine's hypervisor gave to others, of all cores.
+
+  Summed since the machine started; 0 where nothing tells (see proc(5)).
+  """
+  try:
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+  except OSError:
+    return 0.0
+  return int(fields[8]) / os.sysconf("SC_CLK_TCK")
 
 
 def _summary(
@@ -405,10 +453,12 @@ def _summary(
       "own_bound_fraction": own / medians[name],
       "ratio_to_sequential": medians["sequential"] / medians[name],
       "ratio_to_colocated": medians["colocated"] / medians[name],
+      "ratios_to_before": _ratios_to_before(ran, name),
       "predicted_step_seconds": statistics.median(
         predicted[r.stale] for r in ran[name]
       ),
       "stale": [r.stale for r in ran[name]],
+      "stolen": [r.stolen for r in ran[name]],
       "driver_cpu_seconds": statistics.median(
         r.driver_seconds for r in ran[name]
       ),
@@ -421,6 +471,23 @@ def _summary(
       },
     }
   return {"bound_seconds": bound, "rungs": table}
+
+
+def _ratios_to_before(
+  ran: Mapping[str, Sequence[Ran]], name: str
+) -> list[float]:
+  """How many times faster than the rung below it, repetition by repetition.
+
+  The two ran one after the other, so what drifts on the machine cancels. Of the
+  two lowest, which stand beside each other, there is none.
+  """
+  if name in ("colocated", "sequential"):
+    return []
+  before = RUNGS[RUNGS.index(name) - 1]
+  return [
+    statistics.fmean(a.seconds) / statistics.fmean(b.seconds)
+    for a, b in zip(ran[before], ran[name], strict=True)
+  ]
 
 
 def _took(spans: Iterable[Span]) -> list[Took]:
