@@ -4,6 +4,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import jax
@@ -172,6 +173,35 @@ def test_a_machine_that_is_never_quiet_ends_the_ladder_all_the_same():
   ran = ladder._repeat({"gap": rung}, 3, lambda line: None)
   assert not rung.runs  # as many again, and no more
   assert [r.stolen for r in ran["gap"]] == [0.3, 0.5, 0.5]  # the quietest
+
+
+def _overlap(alone, together, cores=1.0):
+  """`check_overlap` of two lanes that do so much a second."""
+  under_way = []
+
+  def apply(function, seconds, args):
+    under_way.append(function)
+    beside = under_way  # whoever else starts before the first is waited for
+
+    def result():
+      nonlocal under_way
+      under_way = []
+      return (together if len(beside) == 2 else alone), cores
+
+    return types.SimpleNamespace(result=result)
+
+  links = dict.fromkeys(("rollout", "trainer"), types.SimpleNamespace())
+  for link in links.values():
+    link.apply = apply
+  return ladder.check_overlap(links, dict.fromkeys(links), lambda line: None)
+
+
+def test_lanes_that_share_a_core_are_refused():
+  assert _overlap(10.0, 9.8) == {"solo_cores": [1.0, 1.0], "overlap": 1.96}
+  with pytest.raises(UserError, match=r"two lanes do 1\.20 times the work"):
+    _overlap(10.0, 6.0)
+  with pytest.raises(UserError, match=r"uses 1\.90 and 1\.90 cores, not one"):
+    _overlap(10.0, 9.8, cores=1.9)
 
 
 def test_processor_time_that_is_taken_away_is_read():
