@@ -135,11 +135,18 @@ class Remote:
       return ray.get(self.ref)
     except ray.exceptions.RayTaskError as error:
       cause = error.cause if isinstance(error.cause, Exception) else error
+      if isinstance(cause, ray.exceptions.RayActorError):
+        raise LaneLost(
+          "",
+          f"a process that lane {self.lane!r} was to hear from has died: the "
+          "same command goes on from the last checkpoint",
+        ) from error
       raise cause from None
     except ray.exceptions.RayActorError as error:
       raise LaneLost(
+        self.lane,
         f"the process of lane {self.lane!r} has died (out of memory, or killed "
-        "from outside): the same command goes on from the last checkpoint"
+        "from outside): the same command goes on from the last checkpoint",
       ) from error
 
 
@@ -155,12 +162,12 @@ class RayLink:
       lane: what it does.
       site: where.
     """
-    server = ray.remote(_server_class())
-    gpus = site.devices if site.gpus else 0
-    self._actor = server.options(num_cpus=0, num_gpus=gpus).remote(
-      dataclasses.asdict(site), pickle.dumps((config, lane))
-    )
     self._ray, self._lane = ray, lane.name
+    gpus = site.devices if site.gpus else 0
+    server = ray.remote(_server_class()).options(num_cpus=0, num_gpus=gpus)
+    payload = pickle.dumps((config, lane))
+    self._start = lambda: server.remote(dataclasses.asdict(site), payload)
+    self._actor = self._start()
 
   @functools.cached_property
   def hardware(self) -> Hardware:
@@ -180,6 +187,11 @@ class RayLink:
   def apply(self, function: Any, *args: Any) -> Remote:
     """Calls `function(island, *args)` there; it returns host values."""
     return self._remote(self._actor.apply.remote(function, *_refs(args)))
+
+  def restart(self) -> None:
+    """Starts the actor anew; all that it has is what it loads."""
+    self.stop()
+    self._actor = self._start()
 
   def stop(self) -> None:
     """Ends the actor."""
@@ -229,9 +241,13 @@ def _server_class() -> type:
       return self._served.hardware
 
     def call(self, method: str, *args: Any) -> Any:
+      if self._error is not None:
+        raise self._error
       return self._served.call(method, *args)
 
     def apply(self, function: Any, *args: Any) -> Any:
+      if self._error is not None:
+        raise self._error
       return function(self._served.island, *args)
 
   return Server

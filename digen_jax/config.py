@@ -149,6 +149,9 @@ class Pipeline:
     lanes: "local", meshes of this process, or "ray", a process for each lane
       (extra `cluster`).
     retries: how often in a step a unit that failed is run again.
+    restarts: how often in a run a rollout process that has died is started
+      again ("ray"). What it had in hand goes back, and to the trainer if that
+      may generate.
     reward_slots: reward calls under way at once, each in a thread of its own.
     reward_timeout: seconds that a reward call may take before its unit fails
       (see `retries`); 0 waits for ever.
@@ -172,6 +175,7 @@ class Pipeline:
   tag_layout: str = "auto"
   lanes: str = "local"
   retries: int = 0
+  restarts: int = 3
   reward_slots: int = 4
   reward_timeout: float = 1800.0
   generate_size: int = 0
@@ -183,6 +187,9 @@ class Pipeline:
 @dataclasses.dataclass(frozen=True)
 class Mesh:
   """Device counts, axis sizes (data, fsdp, sequence, tensor), or "auto".
+
+  A list for the rollout gives as many rollout lanes, which may differ: [2, 4],
+  or ["auto", "auto"]. Each takes the next unit when it is done with one.
 
   data and fsdp divide samples, and fsdp stores parameters in parts; sequence
   divides the tokens of a sample, tensor its heads.
@@ -417,6 +424,7 @@ def check(config: Config) -> None:
     ("train.lora_rank", train.lora_rank, 0),
     ("train.warmup_steps", train.warmup_steps, 0),
     ("pipeline.retries", config.pipeline.retries, 0),
+    ("pipeline.restarts", config.pipeline.restarts, 0),
     ("pipeline.reward_slots", config.pipeline.reward_slots, 1),
     ("vae.tiling", config.vae.tiling, 0),
     ("eval.num_steps", config.eval.num_steps, 1),

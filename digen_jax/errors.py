@@ -9,4 +9,12 @@ class UserError(ValueError):
 
 
 class LaneLost(RuntimeError):
-  """The process behind a lane has died, and with it what the lane held."""
+  """The process behind a lane has died, and with it what the lane held.
+
+  Attributes:
+    lane: its name; "" if only its silence was noticed.
+  """
+
+  def __init__(self, lane: str, message: str):
+    super().__init__(message)
+    self.lane = lane

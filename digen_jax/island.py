@@ -161,6 +161,7 @@ class Island:
 
   def receive(self, parcel: Parcel) -> None:
     """Takes in a new version. It is checked before it is first used."""
+    _ = self.published  # stale units may need the one before
     self._incoming = self._arrived(parcel)
     self._borrowed = self._lent = None
 

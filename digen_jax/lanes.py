@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import jax
 
@@ -25,7 +25,8 @@ class Team:
   Attributes:
     lanes: all lanes, the host threads that score included.
     links: the way to each island, by lane name.
-    rollout: the lane that generates.
+    rollouts: the lanes whose own work is generating; they are sent every
+      version, and the first samples for evaluations.
     trainer: the lane that owns the training state; may be the same.
     generators: all lanes that can generate, assisting or not.
     learners: all lanes that can compute gradients.
@@ -33,7 +34,7 @@ class Team:
 
   lanes: tuple[Lane, ...]
   links: Mapping[str, Link]
-  rollout: str
+  rollouts: tuple[str, ...]
   trainer: str
   generators: tuple[str, ...]
   learners: tuple[str, ...]
@@ -44,16 +45,24 @@ class Team:
       link.stop()
 
 
-def make_lanes(pipeline: Pipeline) -> tuple[Lane, ...]:
-  """The lanes of a run, and the host threads that score."""
+def make_lanes(
+  pipeline: Pipeline, names: Iterable[str] = ("rollout", "trainer")
+) -> tuple[Lane, ...]:
+  """The lanes of a run, and the host threads that score.
+
+  Args:
+    pipeline: what they may do.
+    names: of the lanes with devices, see `lane_axes`.
+  """
   host = Lane("host", frozenset({Kind.SCORE}), slots=pipeline.reward_slots)
   if pipeline.mode == "colocated":
     return Lane("colocated", frozenset(Kind) - host.kinds), host
   trainer = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
   rat = frozenset({Kind.TRAIN} if pipeline.rat else ())
   tag = frozenset({Kind.GENERATE} if pipeline.tag else ())
+  generate = frozenset({Kind.GENERATE})
   return (
-    Lane("rollout", frozenset({Kind.GENERATE}), assists=rat),
+    *(Lane(n, generate, assists=rat) for n in names if n != "trainer"),
     Lane("trainer", trainer, assists=tag),
     host,
   )
@@ -97,7 +106,8 @@ def make_team(config: Config, assembly: Assembly) -> Team:
   Raises:
     UserError: the meshes do not fit the devices or the model.
   """
-  lanes, axes = make_lanes(config.pipeline), lane_axes(config)
+  axes = lane_axes(config)
+  lanes = make_lanes(config.pipeline, axes)
   check_lanes(axes, assembly)
   if config.pipeline.lanes == "ray":
     links = _ray_links(config, lanes, axes)
@@ -128,8 +138,8 @@ def team_of(lanes: Sequence[Lane], links: Mapping[str, Link]) -> Team:
   """The team of some lanes, on islands that can do at least as much."""
   devices = [lane for lane in lanes if lane.name in links]
 
-  def own(kind: Kind) -> str:
-    return next(lane.name for lane in devices if kind in lane.kinds)
+  def own(kind: Kind) -> tuple[str, ...]:
+    return tuple(lane.name for lane in devices if kind in lane.kinds)
 
   def able(kind: Kind) -> tuple[str, ...]:
     return tuple(i.name for i in devices if kind in i.kinds | i.assists)
@@ -137,8 +147,8 @@ def team_of(lanes: Sequence[Lane], links: Mapping[str, Link]) -> Team:
   return Team(
     tuple(lanes),
     {lane.name: links[lane.name] for lane in devices},
-    rollout=own(Kind.GENERATE),
-    trainer=own(Kind.TRAIN),
+    rollouts=own(Kind.GENERATE),
+    trainer=own(Kind.TRAIN)[0],
     generators=able(Kind.GENERATE),
     learners=able(Kind.TRAIN),
   )

@@ -70,6 +70,10 @@ class Link(Protocol):
     """Calls a method that returns two things, which are apart from then on."""
     ...
 
+  def restart(self) -> None:
+    """Starts an island anew whose process has died (`errors.LaneLost`)."""
+    ...
+
   def stop(self) -> None:
     """Lets the island go."""
     ...
@@ -110,6 +114,10 @@ class LocalLink:
     """Likewise, for a method that returns two things."""
     first, second = self.call(method, *args).value
     return Computing(first), Computing(second)
+
+  def restart(self) -> None:
+    """It lives as long as this process does."""
+    raise NotImplementedError
 
   def stop(self) -> None:
     """Nothing to do: its arrays go with the run."""

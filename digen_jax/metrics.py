@@ -326,6 +326,7 @@ class Progress:
     self._bar = "━╌" if _can_write("━╌", self._stream) else "#."
     self._rewards = [r for r in rewards if r is not None]
     self._seconds: list[float] = []
+    self._first: tuple[int, float] | None = None  # steps done, and when
     self._logged, self._log_next = "", -math.inf
     self._line = f"step {start}/{total}  ..."
     if self._terminal:
@@ -344,6 +345,11 @@ class Progress:
       self._rewards.append(reward)
     self._seconds = [*self._seconds, float(row["step_seconds"])][-self.WINDOW :]
     seconds = statistics.fmean(self._seconds)
+    clock = time.monotonic()
+    self._first = self._first or (step, clock)
+    steps = step - self._first[0]
+    # Evaluations and checkpoints are between the steps.
+    pace = (clock - self._first[1]) / steps if steps else 0.0
     now = statistics.fmean(self._rewards[-self.WINDOW :] or [math.nan])
     first = statistics.fmean(self._rewards[: self.WINDOW] or [math.nan])
     self._line = format_progress(
@@ -353,12 +359,13 @@ class Progress:
       change=now - first,
       samples_per_second=float(row["samples"]) / seconds,
       step_seconds=seconds,
+      left_seconds=(self._total - step) * max(seconds, pace),
       width=shutil.get_terminal_size().columns - 1 if self._terminal else None,
       bar=self._bar,
     )
     if self._terminal:
       self._write("\r\x1b[K" + self._line)
-    elif time.monotonic() >= self._log_next:
+    elif clock >= self._log_next:
       self._log()
 
   def message(self, text: str) -> None:
@@ -433,6 +440,7 @@ def format_progress(
   change: float,
   samples_per_second: float,
   step_seconds: float,
+  left_seconds: float,
   width: int | None = None,
   bar: str = "━╌",
 ) -> str:
@@ -445,6 +453,7 @@ def format_progress(
     change: its difference to that of the first ones.
     samples_per_second: of the last steps.
     step_seconds: mean duration of the last steps.
+    left_seconds: until the last one should end.
     width: columns of the terminal, which a bar may fill and which the line
       never exceeds; None for a log line without a bar.
     bar: what a done and an open stretch of the bar are drawn with.
@@ -454,7 +463,7 @@ def format_progress(
   facts = (
     f"reward {gain}  {samples_per_second:.3g} samples/s  "
     f"{step_seconds:.3g} s/step  "
-    f"{format_seconds((total - step) * step_seconds)} left"
+    f"{format_seconds(left_seconds)} left"
   )
   if width is None:
     return f"{head}  {facts}"

@@ -176,10 +176,32 @@ def from_ledgers(
 
 def devices_to_a_row(config: Config, role: str) -> int | None:
   """Devices that share a row in a role of the config; None for "auto"."""
-  mesh = getattr(config.mesh, role)
+  mesh, _ = one_mesh(config, role)
   if mesh == "auto":
     return None
   return row_devices(mesh) if isinstance(mesh, Mapping) else 1
+
+
+def one_mesh(config: Config, role: str) -> tuple[Any, int]:
+  """The mesh of a role's lanes as the config has it, and how many there are.
+
+  Raises:
+    UserError: its lanes differ.
+  """
+  mesh = getattr(config.mesh, role)
+  if not isinstance(mesh, list | tuple) or not mesh:
+    return mesh, 1
+  if any(other != mesh[0] for other in mesh):
+    raise UserError(
+      f"config.mesh.{role}={list(mesh)} has lanes that differ, and plans know "
+      "equal ones: give them one size in the plan, or plan each"
+    )
+  return mesh[0], len(mesh)
+
+
+def role_of(lane: str) -> str:
+  """The role of a lane: "rollout" of "rollout1"."""
+  return lane.rstrip("0123456789")
 
 
 def from_timeline(config: Config, timeline: str | Path) -> Basis:
@@ -251,7 +273,8 @@ def peaks_of(kinds: Mapping[str, str]) -> dict[str, float]:
   Args:
     kinds: `device_kind` of JAX by lane.
   """
-  both = kinds.get("colocated", "")
-  peaks = {role: peak_tflops(kinds.get(role, both)) for role in ROLES}
+  by_role = {role_of(lane): kind for lane, kind in kinds.items()}
+  both = by_role.get("colocated", "")
+  peaks = {role: peak_tflops(by_role.get(role, both)) for role in ROLES}
   known = {role: peak for role, peak in peaks.items() if peak}
   return known if len(known) == len(peaks) else {}

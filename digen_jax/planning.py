@@ -30,7 +30,7 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
-from digen_jax.plan_basis import ROLES, Basis, devices_to_a_row
+from digen_jax.plan_basis import ROLES, Basis, devices_to_a_row, one_mesh
 from digen_jax.svg import number
 from digen_jax.throughput import TERA
 from digen_jax.timeline import write_trace
@@ -109,14 +109,15 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   Raises:
     UserError: more devices than there are, or no number of them.
   """
-  sizes = {
-    role: _count(role, getattr(config.mesh, role))
-    for role in ("rollout", "trainer")
-  }
-  split = equal_split(work, devices)
-  rollout, trainer = sizes["rollout"], sizes["trainer"]
-  if rollout is None and trainer is None:
+  mesh, lanes = one_mesh(config, "rollout")
+  rollout = _count("rollout", mesh)
+  trainer = _count("trainer", config.mesh.trainer)
+  split = equal_split(work, devices, lanes)
+  if rollout is None and trainer is None and lanes == 1:
     return split
+  if rollout is None and trainer is None:
+    trainer = devices - devices // (lanes + 1) * lanes
+  rollout = rollout and rollout * lanes
   rollout = devices - trainer if rollout is None else rollout
   trainer = devices - rollout if trainer is None else trainer
   if rollout + trainer > devices:
@@ -168,7 +169,7 @@ def make_plan(
   """
   table = basis.table
   for role in ROLES:
-    mesh = getattr(config.mesh, role)
+    mesh, _ = one_mesh(config, role)
     if isinstance(mesh, Mapping) and mesh.get("sequence", 1) > 1:
       raise UserError(
         f"config.mesh.{role} has a sequence axis, whose memory and seconds "
@@ -197,7 +198,7 @@ def make_plan(
     devices,
     rungs,
     rollout=split.rollout if basis.apart else 0,
-    most_lanes=most_lanes,
+    most_lanes=max(most_lanes, split.rollout_lanes),
   )
   return Plan(
     basis=basis,
@@ -291,7 +292,10 @@ def plan_text(plan: Plan) -> str:
 def _memory(plan: Plan) -> list[str]:
   """What devices hold on the config's split, where that is known, GiB."""
   split, lines = plan.split, []
-  lanes = dict(rollout=split.rollout, trainer=split.trainer)
+  lanes = {
+    "rollout": split.rollout // split.rollout_lanes,
+    "trainer": split.trainer,
+  }
   lanes["colocated"] = split.devices
   for role, held in plan.basis.memory.items():
     devices = max(lanes[role], held.shards)
@@ -362,9 +366,12 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
 def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
   """Flags of `launch/train.py` that ask for a split and its techniques."""
   trainer = "colocated" if techniques.colocated else "trainer"
+  lanes = 1 if techniques.colocated else split.rollout_lanes
+  rollout = _mesh(split.rollout // lanes, "data", table.rollout.shards)
+  shards = table.role(trainer).shards
   meshes = {
-    "rollout": (split.rollout, "data", table.rollout.shards),
-    "trainer": (split.trainer, "fsdp", table.role(trainer).shards),
+    "rollout": f"[{','.join([rollout] * lanes)}]" if lanes > 1 else rollout,
+    "trainer": _mesh(split.trainer, "fsdp", shards),
   }
   mode = "colocated" if techniques.colocated else "disaggregated"
   values = {
@@ -374,7 +381,7 @@ def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
     "pipeline.tag": techniques.tag,
     "pipeline.rat": techniques.rat,
     "pipeline.tcss": techniques.tcss,
-    **{f"mesh.{role}": _mesh(*mesh) for role, mesh in meshes.items()},
+    **{f"mesh.{role}": _quoted(mesh) for role, mesh in meshes.items()},
     "pipeline.generate_size": split.generate_size,
     "pipeline.train_size": split.train_size,
     "pipeline.timesteps_per_pack": split.pack,
@@ -383,10 +390,15 @@ def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
 
 
 def _mesh(devices: int, axis: str, shards: int) -> str:
-  """Of a role, as a flag has it."""
+  """Of a lane, as a flag has it."""
   if shards == 1:
     return str(devices)
-  return f"\"{{'{axis}':{devices // shards},'tensor':{shards}}}\""
+  return f"{{'{axis}':{devices // shards},'tensor':{shards}}}"
+
+
+def _quoted(flag: str) -> str:
+  """As a shell takes it."""
+  return flag if flag.isdigit() else f'"{flag}"'
 
 
 def plan_dict(plan: Plan) -> dict[str, Any]:

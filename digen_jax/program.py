@@ -103,7 +103,11 @@ class Program:
     self.conditioning, self.negative = match_text(conditioning, negative)
     self.sums: dict[str, float] = {}
     self.publish_bytes = 0
-    self._receipt: Pending | None = None  # of the last publish
+    # What tells that the last version has arrived, by lane.
+    self._receipts: dict[str, Pending] = {}
+    self._parcel: Pending | None = None  # that version, for lanes that die
+    self._loading: set[str] = set()  # lanes that were started anew
+    self.updated = False
     self.resharded_blocks = False
     sampling = config.sampling
     self._step_weights = np.ones(sampling.num_steps, np.float32)
@@ -176,7 +180,8 @@ class Program:
       for future in work:
         future.result()
     # The same version once more.
-    self._send(self.team.trainer, step)[1].result()
+    self._send(step)
+    self._await_arrival()
 
   def _prepare(self, calls: list[tuple[str, tuple]]) -> None:
     for lane, args in calls:
@@ -223,7 +228,7 @@ class Program:
     for lane, (method, *args) in self._first_calls(step):
       link, unit = self.links[lane], units[KINDS[method]]
       seconds = link.call("measure", method, *args).result()
-      own = lane == self.team.rollout or method == "gradients"
+      own = lane in self.team.rollouts or method == "gradients"
       if not own and self.config.pipeline.tag_layout != "trainer":
         switch = link.call("measure", "switch", True).result()
         block = link.call("measure", method, *args).result()
@@ -415,26 +420,53 @@ class Program:
 
     It is done when the trainer has parted with the weights. Calls to an island
     keep their order, so the next version has arrived before it is asked for;
-    the rollout lane, which may be busy with a stale unit, is not waited for.
+    rollout lanes, which may be busy with stale units, are not waited for.
     """
-    if self._receipt is not None:
-      self._receipt.result()
-    size, self._receipt = self._send(lane, unit.step + 1)
+    del lane
+    self._await_arrival()
+    size = self._send(unit.step + 1)
 
     def take(size: int) -> None:
       self.publish_bytes = size
 
     return DeviceWork(size, take)
 
-  def _send(self, lane: str, version: int) -> tuple[Pending, Pending]:
-    """Bytes on their way, and what tells that they have arrived."""
-    size, parcel = self.links[lane].call_pair("outgoing", version)
-    return size, self.links[self.team.rollout].call("receive", parcel)
+  def _send(self, version: int) -> Pending:
+    """Has the trainer send a version to the rollout lanes; its bytes."""
+    trainer = self.links[self.team.trainer]
+    size, parcel = trainer.call_pair("outgoing", version)
+    for lane in self.team.rollouts:
+      self._receipts[lane] = self.links[lane].call("receive", parcel)
+    if self.config.pipeline.lanes == "ray":  # others live as long as we do
+      self._parcel = parcel
+    return size
+
+  def _await_arrival(self) -> None:
+    for lane, receipt in self._receipts.items():
+      if lane not in self._loading:
+        receipt.result()
 
   def restore(self, step: int) -> None:
     """Goes on from a checkpoint."""
     self.links[self.team.trainer].call("restore", step).result()
-    self._send(self.team.trainer, step)[1].result()
+    self._send(step)
+    self._await_arrival()
+
+  def revive(self, lane: str) -> Handle | None:
+    """Starts a rollout lane anew that has died; None for any other lane.
+
+    What it held comes from files and from the last version sent. Only the lane
+    that trains has what nobody else does.
+    """
+    if lane not in self.team.rollouts or lane == self.team.trainer:
+      return None
+    link = self.links[lane]
+    link.restart()
+    # Before the first version is sent it is the one that the lane loads.
+    call = ("receive", self._parcel) if self._parcel else ("switch", False)
+    self._receipts[lane] = receipt = link.call(*call)
+    self._loading.add(lane)
+    return DeviceWork(receipt, lambda _: self._loading.discard(lane))
 
   def metrics(self) -> dict[str, Any]:
     """What the step's samples and packs say; means over trained rows."""

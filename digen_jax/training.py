@@ -122,7 +122,7 @@ class Run:
       self._choose_split(assembly, devices)
     self.lanes, links = self.team.lanes, self.team.links
     self.hardware = {name: link.hardware for name, link in links.items()}
-    self.rollout = links[self.team.rollout]
+    self.rollout = links[self.team.rollouts[0]]
     self.trainer = links[self.team.trainer]
     self.work = self._fitting()
     self.program = program(self.team, self.work)
@@ -133,6 +133,8 @@ class Run:
       self.costs,
       assist=self._assist(),
       retries=config.pipeline.retries,
+      restarts=config.pipeline.restarts,
+      revive=self.program.revive,
     )
     self._ahead: State | None = None
     self._failed = False
@@ -217,6 +219,14 @@ class Run:
 
   def evaluate(self) -> Evaluated:
     """Held-out reward of the policy, averaged if the run keeps an average."""
+    while True:
+      try:
+        return self._evaluate()
+      except LaneLost as lost:
+        if not self.executor.restart(lost):
+          raise
+
+  def _evaluate(self) -> Evaluated:
     params = self.trainer.call("averaged")
 
     def sample(conditioning: Any, negative: Any, seed: int) -> np.ndarray:

@@ -146,6 +146,7 @@ def test_actors_train_as_meshes_of_one_process_do(prompts_file, tmp_path):
 def test_a_dead_actor_ends_the_run_in_one_line(victim, prompts_file, tmp_path):
   config = small_config(prompts_file)
   config.pipeline.lanes = "ray"
+  config.pipeline.restarts = 0
   config.steps, config.checkpoint_every = 4, 2
   run = training.Run(from_config_dict(config), tmp_path)
   run.warm_up()
@@ -159,3 +160,59 @@ def test_a_dead_actor_ends_the_run_in_one_line(victim, prompts_file, tmp_path):
   # The trainer was there to save the state before the step, or was not.
   assert again.step == (1 if victim == "rollout" else 0)
   again.close()
+
+
+MURDEROUS = """
+import os
+from pathlib import Path
+
+def score(images, prompts):
+  victim, taken = (Path(__file__).with_name(n) for n in ("victim", "taken"))
+  if victim.exists() and not taken.exists():
+    taken.touch()
+    os.kill(int(victim.read_text()), 9)
+  return images.mean((1, 2, 3))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("tag", [False, True])
+def test_a_rollout_actor_that_dies_is_started_again(
+  tag, prompts_file, tmp_path
+):
+  """In the middle of a step, and again in an evaluation: nothing is lost."""
+  (tmp_path / "reward.py").write_text(MURDEROUS)
+  config = small_config(prompts_file)
+  config.batch.prompts = 6
+  config.reward = f"{tmp_path / 'reward.py'}:score"
+  config.pipeline.reward_slots = 1
+  config.pipeline.update(lanes="ray", tag=tag, rat=True)
+  config.steps, config.checkpoint_every = 4, 2
+  config.mesh.rollout = config.mesh.trainer = 1
+  found = {}
+  for killed in (False, True):
+    run = training.Run(from_config_dict(config), tmp_path / str(killed))
+    rollout = run.team.links["rollout"]
+    run.warm_up()
+    for step in range(3):
+      if killed and step == 1:
+        pid = rollout.apply(lambda _: os.getpid()).result()
+        (tmp_path / "victim").write_text(str(pid))
+      row, _ = run.train_one_step()
+      assert sum(row["generated_by"].values()) == 6  # prompts, a unit each
+      assert row["ratio_max_abs_log"] <= 1e-6
+    if killed:
+      assert run.executor.restarts == config.pipeline.restarts - 1
+      pid = rollout.apply(lambda _: os.getpid()).result()
+      os.kill(pid, signal.SIGKILL)
+    rewards = run.evaluate().rewards
+    run.train_one_step()
+    params = jax.device_get(run.trainer.call("averaged").result())
+    if killed:
+      assert run.executor.restarts == config.pipeline.restarts - 2
+    run.close()
+    found[killed] = params, rewards
+  assert (tmp_path / "taken").exists()
+  assert distance(found[False][0], found[True][0]) < 1e-6
+  np.testing.assert_array_equal(found[False][1], found[True][1])

@@ -213,9 +213,148 @@ def test_a_failed_switch_is_tried_again_and_a_lost_lane_is_not(monkeypatch):
   errors = [ValueError("no room")]
   spans = run()
   assert len(spans) == len(step_units(WORK, 0)) + len(switches) - 1
-  errors = [LaneLost("killed")]
+  errors = [LaneLost("rollout", "killed")]
   with pytest.raises(UnitError, match="killed"):
     run()
+
+
+@dataclasses.dataclass
+class Mortal:
+  """Lanes of which one dies with its n-th unit and is then started anew."""
+
+  clock: Clock
+  dies_with: int
+  starts_in: int = 30
+  begun: list = dataclasses.field(default_factory=list)
+  revived: int = 0
+  uncompiled: list = dataclasses.field(default_factory=list)
+  gone: bool = False
+
+  def begin(self, lane, unit):
+    self.begun.append((lane, unit, self.clock.now))
+    mine = [x for x in self.begun if x[0] == "rollout"]
+    if lane == "rollout" and len(mine) == self.dies_with:
+      self.gone = True
+    if lane == "trainer" and unit.kind == Kind.PUBLISH and self.gone:
+      raise LaneLost("rollout", "killed")  # a receipt that never came
+    lost = lane == "rollout" and self.gone
+    error = LaneLost("rollout", "killed") if lost else None
+    cost = 1 if error else COST.get(unit.kind, 1)
+    if lane == "rollout" and unit.kind in self.uncompiled:
+      self.uncompiled.remove(unit.kind)
+      cost += 500
+    return Job(self.clock, self.clock.now + cost, error)
+
+  def revive(self, lane):
+    assert lane == "rollout"
+    self.revived, self.gone = self.revived + 1, False
+    self.uncompiled = [Kind.GENERATE, Kind.TRAIN]
+    self.back = self.clock.now + self.starts_in
+    return Job(self.clock, self.back)
+
+  def executor(self, lanes, restarts=1, **kwargs):
+    return Executor(
+      lanes,
+      dict.fromkeys(Kind, self.begin),
+      Costs(),
+      clock=self.clock,
+      restarts=restarts,
+      revive=self.revive,
+      **kwargs,
+    )
+
+
+@pytest.fixture
+def ticking(monkeypatch):
+  clock = Clock()
+  monkeypatch.setattr(
+    "time.sleep", lambda _: setattr(clock, "now", clock.now + 1)
+  )
+  return clock
+
+
+@pytest.mark.parametrize("assist", [False, True])
+def test_a_lost_lane_comes_back_and_others_do_its_work_meanwhile(
+  ticking, assist
+):
+  lanes = assisting() if assist else LANES
+  # A search would leave the trainer idle: the rollout lane is soon free.
+  idle = {"assist": lambda *_: False}
+  world = Mortal(ticking, dies_with=2)
+  executor = world.executor(lanes, **idle)
+  spans, _ = executor.run(start_step(WORK, 0))
+  units = step_units(WORK, 0)
+  assert world.revived == 1
+  ended = [s for s in spans if s.name != Kind.SWITCH]
+  assert len(ended) == len(units)  # nothing lost, nothing doubled
+  generated = [
+    (lane, at) for lane, u, at in world.begun if u.kind == Kind.GENERATE
+  ]
+  assert len(generated) == WORK.groups + 1
+  # While it was away it was given nothing.
+  died = next(at for lane, _, at in world.begun[1:] if lane == "rollout")
+  assert not any(
+    lane == "rollout" and died < at < world.back for lane, at in generated
+  )
+  helped = any(lane == "trainer" for lane, _ in generated)
+  assert helped == assist
+  # What it compiled for says nothing of its speed.
+  times = executor._costs._seen[Kind.GENERATE, "rollout"].values()
+  assert {t for seen in times for t in seen} == {COST[Kind.GENERATE]}
+
+
+def test_a_lane_that_keeps_dying_ends_the_run(ticking):
+  class Doomed(Mortal):
+    def revive(self, lane):
+      self.revived += 1
+      return Job(self.clock, self.clock.now + 5, LaneLost(lane, "killed"))
+
+  world = Doomed(ticking, dies_with=2)
+  with pytest.raises(UnitError, match=r"switch .*lane 'rollout': killed"):
+    world.executor(LANES, restarts=2).run(start_step(WORK, 0))
+  assert world.revived == 2
+  world = Mortal(ticking, dies_with=2)
+  with pytest.raises(UnitError, match=r"generate unit .*'rollout': killed"):
+    world.executor(LANES, restarts=0).run(start_step(WORK, 0))
+  assert world.revived == 0
+  world = Mortal(ticking, dies_with=2)
+  world.revive = lambda lane: None  # this one cannot be started again
+  with pytest.raises(UnitError, match=r"generate unit .*'rollout': killed"):
+    world.executor(LANES).run(start_step(WORK, 0))
+
+
+def test_a_loss_that_another_lane_tells_of_puts_both_units_back(ticking):
+  work = dataclasses.replace(WORK, stale=5)
+  # The first stale unit: the next thing to hear of it is the publish.
+  world = Mortal(ticking, dies_with=WORK.groups + 1)
+  begin = world.begin
+
+  def slow_death(lane, unit):
+    job = begin(lane, unit)
+    if job.error:
+      job.end += 1000
+    return job
+
+  world.begin = slow_death
+  executor = world.executor(LANES)
+  spans, state = executor.run(start_step(work, 0, last=1))
+  assert world.revived == 1
+  spans += executor.run(next_step(state, last=1))[0]
+  units = [(s.name, s.args["step"], s.args["unit"]) for s in spans]
+  assert len(units) == len(set(units)) == 2 * len(step_units(WORK, 0))
+
+
+def test_a_lane_lost_between_steps_is_told_by_whoever_notices(ticking):
+  work = dataclasses.replace(WORK, stale=5)
+  world = Mortal(ticking, dies_with=0)
+  executor = world.executor(LANES)
+  spans, state = executor.run(start_step(work, 0, last=1))
+  assert state.running  # a stale unit, which dies with its lane
+  assert executor.restart(LaneLost("rollout", "killed"))
+  assert not executor.restart(LaneLost("rollout", "killed"))  # one was allowed
+  spans += executor.run(next_step(state, last=1))[0]
+  units = [(s.name, s.args["step"], s.args["unit"]) for s in spans]
+  assert len(units) == len(set(units)) == 2 * len(step_units(WORK, 0))
 
 
 def test_what_outlives_a_step_is_not_timed(monkeypatch):

@@ -248,6 +248,7 @@ def test_progress_line():
     change=0.066,
     samples_per_second=58.26,
     step_seconds=2.25,
+    left_seconds=423.0,
   )
   assert line == (
     "step  12/200  reward 0.412 (+0.066)  58.3 samples/s  2.25 s/step  "
@@ -258,7 +259,11 @@ def test_progress_line():
 @pytest.mark.parametrize("width", [0, 10, 79, 90, 120, 300])
 def test_progress_line_fits_the_terminal(width):
   facts = dict(
-    reward=-0.5, change=-0.25, samples_per_second=1e4, step_seconds=100.0
+    reward=-0.5,
+    change=-0.25,
+    samples_per_second=1e4,
+    step_seconds=100.0,
+    left_seconds=5000.0,
   )
   line = format_progress(50, 100, **facts, width=width)
   assert len(line) <= width
@@ -268,7 +273,9 @@ def test_progress_line_fits_the_terminal(width):
 
 
 def test_progress_line_without_a_reward():
-  facts = dict(change=math.nan, samples_per_second=1.0, step_seconds=1.0)
+  facts = dict(
+    change=math.nan, samples_per_second=1.0, step_seconds=1.0, left_seconds=1.0
+  )
   assert "reward ?  " in format_progress(1, 2, reward=math.nan, **facts)
 
 
@@ -315,6 +322,8 @@ def test_progress_in_a_log(monkeypatch):
   assert steps == [91, 94, 97, 100]
   assert "\r" not in stream.getvalue() and "━" not in stream.getvalue()
   assert "reward 1.000 (+1.000)" in lines[-1]  # since the start of the run
+  # A step takes two of the four seconds; what lies between the steps counts, too.
+  assert "2 s/step  24 s left" in lines[1]
 
 
 def test_progress_where_only_ascii_can_be_written(monkeypatch):

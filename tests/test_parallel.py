@@ -29,13 +29,22 @@ from digen_jax.parallel.reshard import check, checksums, reshard
     ("auto", 3, (5, 3)),
     ("auto", "auto", (4, 4)),
     ({"data": 2, "tensor": 2}, {"fsdp": 4}, (4, 4)),
+    ([1, {"data": 2, "tensor": 2}], 3, (1, 4, 3)),
+    (["auto", "auto", 1], 3, (2, 2, 1, 3)),
+    (["auto", "auto"], 3, (2, 3, 3)),
+    (["auto", "auto"], "auto", (2, 2, 4)),
+    ([5], 3, (5, 3)),
   ],
 )
 def test_disaggregated_meshes_are_disjoint(rollout, trainer, counts):
   meshes = make_meshes("disaggregated", rollout, trainer)
   assert tuple(m.size for m in meshes.values()) == counts
-  ids = [{d.id for d in m.devices.flat} for m in meshes.values()]
-  assert not ids[0] & ids[1]
+  *rollouts, last = meshes
+  names = [f"rollout{i}" for i in range(len(rollouts))]
+  assert last == "trainer"
+  assert rollouts == (names if len(rollouts) > 1 else ["rollout"])
+  ids = [d.id for m in meshes.values() for d in m.devices.flat]
+  assert len(ids) == len(set(ids))
 
 
 def test_colocated_mesh_has_the_devices_of_both():
@@ -54,6 +63,10 @@ def test_colocated_mesh_has_the_devices_of_both():
     ({"dta": 2}, 1, "no axis 'dta'"),
     ("half", 1, "device count, axis sizes"),
     ({"data": 2.0}, 1, "positive integer"),
+    ([], 1, r"or a list of these\); got \[\]"),
+    ([2, "half"], 1, "device count, axis sizes .* got 'half'"),
+    ([2, 4], 3, "2 .rollout0. . 4 .rollout1. . 3 .trainer. devices, but"),
+    (1, [2], "'auto'; got"),
   ],
 )
 def test_impossible_meshes_say_so(rollout, trainer, words):

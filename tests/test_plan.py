@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -380,6 +381,9 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
   config = from_config_dict({"mesh": {"rollout": 6, "trainer": {"fsdp": 4}}})
   with pytest.raises(UserError, match=r"6 \+ 4 devices"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)
+  config = from_config_dict({"mesh": {"rollout": [1, 2], "trainer": 3}})
+  with pytest.raises(UserError, match=r"mesh\.rollout=\[1, 2\] has lanes that"):
+    planning.make_plan(config, WORK, Basis(TABLE), 8)
   config = from_config_dict({"mesh": {"rollout": "six"}})
   with pytest.raises(UserError, match=r"mesh\.rollout takes a device count"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)
@@ -387,6 +391,49 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
     plan_basis.find_device("H10")
   with pytest.raises(UserError, match="no published model"):
     plan_basis.job_of(config, "flux")
+
+
+@pytest.mark.parametrize(
+  ("rollout", "trainer", "split"),
+  [
+    ([2, 2], 4, (4, 4)),
+    ([{"data": 2}] * 3, "auto", (6, 2)),
+    (["auto"] * 2, 4, (4, 4)),
+    (["auto"] * 2, "auto", (4, 4)),
+  ],
+)
+def test_several_rollout_lanes_are_planned(rollout, trainer, split):
+  mesh = {"rollout": rollout, "trainer": trainer}
+  config = from_config_dict({"mesh": mesh})
+  plan = planning.make_plan(config, WORK, Basis(TABLE), 8)
+  assert (plan.split.rollout, plan.split.trainer) == split
+  lanes = [f"rollout{i}" for i in range(len(rollout))]
+  assert list(plan.configured.lanes) == [*lanes, "trainer"]
+  flags = planning.as_flags(plan.split, RUNGS["tcss"], TABLE)
+  asked = re.search(r'mesh\.rollout="(\[.*?\])"', flags)[1]
+  again = from_config_dict({"mesh": {"rollout": asked, "trainer": split[1]}})
+  assert planning.configured_split(again, WORK, 8) == plan.split
+
+
+def test_lanes_of_a_timeline_are_of_their_roles(tmp_path):
+  at = {"step": 0, "size": 8}
+  spans = [
+    Span("generate", "rollout0", 0.0, 1.0, at),
+    Span("generate", "rollout1", 0.0, 1.0, at),
+    Span("train", "trainer", 1.0, 2.0, at),
+    Span("update", "trainer", 2.0, 2.5, at | {"size": 0}),
+  ]
+  path = tmp_path / "timeline.json"
+  write_trace(path, spans)
+  names = ("rollout0", "rollout1", "trainer")
+  meshes = {name: {"data": 2} for name in names}
+  kinds = dict.fromkeys(names, "NVIDIA H100 80GB HBM3")
+  record = {"meshes": meshes, "devices": kinds}
+  (tmp_path / "config.json").write_text(json.dumps(record))
+  basis = plan_basis.from_timeline(small_config(), path)
+  assert basis.devices == 6
+  assert set(basis.peaks) == {"rollout", "trainer"}
+  assert basis.table.rollout.seconds(Kind.GENERATE, 8, 2) == pytest.approx(1.0)
 
 
 def test_a_tensor_parallel_timeline_is_read_as_one(tmp_path):

@@ -15,7 +15,7 @@ from digen_jax.links import Hardware
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor
 from digen_jax.pipeline.scheduler import start_step
-from digen_jax.pipeline.units import Workload
+from digen_jax.pipeline.units import Kind, Unit, Workload
 from digen_jax.program import Program
 from digen_jax.rewards.compose import compose
 from digen_jax.types import Conditioning
@@ -64,6 +64,9 @@ class Listener:
   def call_pair(self, method, *args):
     return map(Done, self.call(method, *args).value)
 
+  def restart(self):
+    self.heard.append(("restart", []))
+
   def generate(self, version, prompts, negative, rows, start, numbers):
     _, step, group, member = numbers
     sample = number_of(step, group, member)[:, None]
@@ -94,21 +97,23 @@ def reward(images, prompts):
   return [float(7 * round(i * 255) % 11) for i in images[:, 0, 0, 0]]
 
 
-@pytest.fixture(params=["own work", "assisting"])
-def steps(request):
-  """What was asked of all islands, in order, by step."""
+def program_of(assisting, rollouts=("rollout",)):
+  """A program, its lanes, and what its islands will have heard."""
   config = default_config()
   config.seed, config.batch.prompts, config.batch.group_size = SEED, 4, SIZE
   config.sampling.num_steps, config.sampling.window = STEPS, WORK.window
   config.sampling.window_first = 5
-  config.pipeline.tag = config.pipeline.rat = request.param == "assisting"
+  config.pipeline.tag = config.pipeline.rat = assisting
+  config.pipeline.lanes = "ray"
   config = dataclasses.replace(
     from_config_dict(config), checkpoint="", prompts=""
   )
-  heard, lanes = [], make_lanes(config.pipeline)
+  names = (*rollouts, "trainer")
+  heard, lanes = [], make_lanes(config.pipeline, names)
   links = {
     name: Listener(Hardware({"data": n}, n, n, "none"), heard)
-    for name, n in (("rollout", 2), ("trainer", 4))
+    for name in names
+    for n in (4 if name == "trainer" else 2,)
   }
   program = Program(
     config,
@@ -120,6 +125,13 @@ def steps(request):
     Conditioning(text=np.arange(7.0, dtype=np.float32)[:, None, None]),
     None,
   )
+  return program, lanes, heard
+
+
+@pytest.fixture(params=["own work", "assisting"])
+def steps(request):
+  """What was asked of all islands, in order, by step."""
+  program, lanes, heard = program_of(request.param == "assisting")
   executor, found = Executor(lanes, program.starts, Costs()), []
   for step in (2, 3):
     heard.clear()
@@ -200,6 +212,79 @@ def test_weights_are_borrowed_as_the_first_update_leaves_them(steps):
     for i in (i for i, method in enumerate(named) if method == "borrow"):
       assert named[:i].count("update") == 1
       assert heard[i][1] == [("weights", "interim")]
+
+
+def test_a_lane_started_anew_gets_the_version_that_there_is():
+  program, lanes, heard = program_of(assisting=False)
+
+  def revived():
+    heard.clear()
+    arrival = program.revive("rollout")
+    # The trainer, who may be in the middle of an update, is asked nothing.
+    assert [method for method, _ in heard] == ["restart", "receive"]
+    return args_of(heard, "receive"), arrival
+
+  program.restore(2)
+  program.begin_step(2)
+  received, arrival = revived()
+  assert received == [[("weights", 2)]]
+  assert arrival.ready() and arrival.finish() == frozenset()
+  program.begin_step(2)
+  Executor(lanes, program.starts, Costs()).run(start_step(WORK, 2, last=2))
+  assert revived()[0] == [[("weights", 3)]]  # of the step to come
+  assert program.revive("trainer") is None  # what it held is lost
+  assert program.revive("") is None
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked(Done):
+  """A result that remembers who waited for it."""
+
+  asked: list
+
+  def result(self):
+    self.asked.append(self.value)
+
+
+def test_a_publish_does_not_wait_for_a_lane_that_loads(monkeypatch):
+  program, *_ = program_of(assisting=False, rollouts=("rollout0", "rollout1"))
+  asked, call = [], Listener.call
+
+  def spy(link, method, *args):
+    done = call(link, method, *args)
+    if method != "receive":
+      return done
+    name = next(n for n, other in program.links.items() if other is link)
+    return Asked(name, asked)
+
+  def awaited():
+    asked.clear()
+    program.publish("trainer", Unit(Kind.PUBLISH, 2))
+    return list(asked)
+
+  monkeypatch.setattr(Listener, "call", spy)
+  program.restore(2)
+  program.begin_step(2)
+  arrival = program.revive("rollout1")
+  assert awaited() == ["rollout0"]
+  arrival.finish()
+  assert awaited() == ["rollout0", "rollout1"]
+
+
+def test_every_rollout_lane_is_sent_every_version():
+  rollouts = ("rollout0", "rollout1", "rollout2")
+  program, lanes, heard = program_of(assisting=False, rollouts=rollouts)
+  program.restore(2)
+  assert args_of(heard, "receive") == [[("weights", 2)]] * 3
+  program.begin_step(2)
+  heard.clear()
+  Executor(lanes, program.starts, Costs()).run(start_step(WORK, 2, last=2))
+  assert args_of(heard, "outgoing") == [[3]]  # cast and summed once
+  assert args_of(heard, "receive") == [[("weights", 3)]] * 3
+  assert set(program.samples.generated_by) == set(rollouts)
+  heard.clear()
+  assert program.revive("rollout1").ready()
+  assert args_of(heard, "receive") == [[("weights", 3)]]  # to that one
 
 
 def args_of(heard, method):

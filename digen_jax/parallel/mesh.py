@@ -35,7 +35,8 @@ def make_meshes(
       "colocated" gives `{"colocated": …}` over the devices of both.
     rollout: device count, axis sizes (`{"data": 2, "tensor": 2}`), or "auto":
       what the trainer leaves, half of all devices when both are "auto" (where
-      `training.Run` has not chosen a better split by then).
+      `training.Run` has not chosen a better split by then). A list of these
+      gives as many lanes, "rollout0" and so on.
     trainer: likewise. A count means `data` for the rollout and `fsdp` for the
       trainer.
     devices: defaults to all devices.
@@ -166,21 +167,27 @@ def mesh_axes(
 def _axis_sizes(
   mode: str, rollout: Any, trainer: Any, available: int
 ) -> dict[str, dict[str, int]]:
+  several = isinstance(rollout, list | tuple) and len(rollout) > 0
+  rollouts = rollout if several else [rollout]
   sizes = {
-    "rollout": _parse("rollout", rollout, "data"),
-    "trainer": _parse("trainer", trainer, "fsdp"),
+    f"rollout{i if len(rollouts) > 1 else ''}": _parse("rollout", mesh, "data")
+    for i, mesh in enumerate(rollouts)
   }
+  sizes["trainer"] = _parse("trainer", trainer, "fsdp")
   auto = [name for name, axes in sizes.items() if axes is None]
   used = sum(math.prod(a.values()) for a in sizes.values() if a is not None)
+  rest = available - used
   for i, name in enumerate(auto):
     share = (available - used) // (len(auto) - i)
+    if name != "trainer" and auto[-1] == "trainer":  # equal lanes, and the rest
+      share = rest // len(auto)
     if share < 1 and mode == "disaggregated":
       raise UserError(
-        f"config.mesh.{name}='auto' is left without a device: {available} "
+        f"'auto' for the {name} mesh of config.mesh is left without a device: {available} "
         "there, and disaggregated mode needs at least one for each role; use "
         "config.pipeline.mode='colocated' or raise config.devices"
       )
-    sizes[name] = {("data" if name == "rollout" else "fsdp"): share}
+    sizes[name] = {("fsdp" if name == "trainer" else "data"): share}
     used += share
   if mode == "disaggregated":
     return sizes
@@ -200,9 +207,10 @@ def _parse(role: str, value: Any, axis: str) -> dict[str, int] | None:
     return None
   axes = {axis: value} if isinstance(value, int) else value
   if not isinstance(axes, Mapping) or not axes:
+    several = " (or a list of these)" if role == "rollout" else ""
     raise UserError(
       f"config.mesh.{role} takes a device count, axis sizes such as "
-      f"{{'data': 2, 'tensor': 2}}, or 'auto'; got {value!r}"
+      f"{{'data': 2, 'tensor': 2}}, or 'auto'{several}; got {value!r}"
     )
   for name, size in axes.items():
     if name not in AXES:

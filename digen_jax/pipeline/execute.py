@@ -11,6 +11,7 @@ may share a core with a lane.
 
 import concurrent.futures
 import dataclasses
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
@@ -59,6 +60,10 @@ class Handle(Protocol):
 
 
 Start = Callable[[str, Unit], Handle]
+# Starts a lane anew that has died; None where that cannot be.
+Revive = Callable[[str], Handle | None]
+
+_log = logging.getLogger(__name__)
 
 
 class UnitError(RuntimeError):
@@ -72,12 +77,12 @@ class UnitError(RuntimeError):
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class _Running:
   """A unit under way; `then` follows on its lane at once (after a switch).
 
   Units that outlive a step are not `timed`: nobody looks while the caller
-  evaluates and saves.
+  evaluates and saves. Nor are those that a lane has to compile for.
   """
 
   lane: Lane
@@ -104,6 +109,8 @@ class Executor:
     *,
     assist: Assist = always,
     retries: int = 0,
+    restarts: int = 0,
+    revive: Revive = lambda _: None,
     clock: Callable[[], float] = time.perf_counter,
   ):
     """Nothing runs yet.
@@ -115,11 +122,17 @@ class Executor:
       costs: told the seconds of every unit, and asked for what is left.
       assist: whether an idle lane should take what is not its own work.
       retries: how often a unit that fails is run again in a step, in all.
+      restarts: how often a lane that has died is started anew, in all.
+      revive: what does so; its handle is ready when the lane is.
       clock: seconds, monotonic.
     """
     self._lanes, self._starts, self._costs = tuple(lanes), starts, costs
-    self._assist, self._retries, self._clock = assist, retries, clock
+    self._assist, self._clock = assist, clock
+    self._retries, self._revive = retries, revive
+    self.restarts = restarts  # that are left
     self._running: list[_Running] = []
+    self._away: dict[str, Handle] = {}  # lanes that are being started anew
+    self._cold: set[tuple[str, Kind]] = set()  # what they have not compiled
     self._spans: list[Span] = []
 
   def run(self, state: State) -> tuple[list[Span], State]:
@@ -136,23 +149,27 @@ class Executor:
       UnitError: a unit raised. Whatever still runs is waited for first, so
         that nothing is in flight when the caller writes its checkpoint.
     """
-    self._spans, retries = [], self._retries
+    self._spans, self._left_retries = [], self._retries
     for item in self._running:
       item.timed = False
+    for lane in self._away:  # lost between the steps
+      state = on_lost(state, self._lane(lane))
     while not finished(state):
       progressed = False
+      # First: who has the next version must not be asked for the one before.
+      state = self._welcome(state)
       for item in list(self._running):
-        if not item.handle.ready():
+        # Another unit may have told that its lane is lost.
+        if item not in self._running or not item.handle.ready():
           continue
         self._running.remove(item)
         try:
           state = self._end(state, item)
         except Exception as cause:
-          state = self._failed(state, item.lane, item.scheduled, cause, retries)
-          retries -= 1
+          state = self._failed(state, item.lane, item.scheduled, cause)
         progressed = True
       for lane in self._lanes:
-        while (unit := next_unit(state, lane, self._worth)) is not None:
+        while (unit := self._next(state, lane)) is not None:
           switch = needs_switch(state, lane, unit)
           before, state = state, on_start(state, lane, unit)
           try:
@@ -161,14 +178,31 @@ class Executor:
             else:
               self._begin(before, lane, unit)
           except Exception as cause:
-            state = self._failed(state, lane, unit, cause, retries)
-            retries -= 1
+            state = self._failed(state, lane, unit, cause)
           progressed = True
       if not progressed:
-        if not self._running:
+        if not self._running and not self._away:
           raise RuntimeError(f"{state.left} units are left that no lane can do")
         self._wait()
     return self._spans, state
+
+  def restart(self, lost: LaneLost) -> bool:
+    """Has a lane started anew that has died; False where that cannot be.
+
+    It gets no units until it is there; others do what they can meanwhile.
+    """
+    if self.restarts <= 0 or (handle := self._revive(lost.lane)) is None:
+      return False
+    self.restarts -= 1
+    self._running = [i for i in self._running if i.lane.name != lost.lane]
+    self._away[lost.lane] = handle
+    _log.warning(
+      "lane %r has died and is started anew (%d restarts left): %s",
+      lost.lane,
+      self.restarts,
+      lost,
+    )
+    return True
 
   def left(self) -> Left:
     """Seconds that what is under way should still need."""
@@ -192,11 +226,14 @@ class Executor:
     now = self._clock()
     span = unit_span(lane.name, unit, state, now, now)
     handle = self._starts[unit.kind](lane.name, unit)
-    self._running.append(_Running(lane, unit, handle, span, then))
+    timed = (lane.name, unit.kind) not in self._cold
+    self._cold.discard((lane.name, unit.kind))
+    self._running.append(_Running(lane, unit, handle, span, then, timed))
 
   def _wait(self) -> None:
     """Until something may have ended."""
-    futures = [item.handle.future for item in self._running]
+    handles = [*(i.handle for i in self._running), *self._away.values()]
+    futures = [handle.future for handle in handles]
     if None in futures:
       time.sleep(POLL_SECONDS)
     else:
@@ -217,16 +254,47 @@ class Executor:
     self._begin(state, lane, item.then)
     return state
 
+  def _next(self, state: State, lane: Lane) -> Unit | None:
+    """What a lane should do now; nothing while it is started anew."""
+    if lane.name in self._away:
+      return None
+    return next_unit(state, lane, self._worth)
+
   def _worth(self, state: State, lane: Lane, unit: Unit) -> bool:
-    return self._assist(state, lane, unit, self.left())
+    # A search would count on the lane that is missing.
+    return bool(self._away) or self._assist(state, lane, unit, self.left())
+
+  def _welcome(self, state: State) -> State:
+    """Lanes that were started anew are there, or have failed to start."""
+    for name, handle in list(self._away.items()):
+      if handle.ready():
+        del self._away[name]
+        lane = self._lane(name)
+        try:
+          handle.finish()
+          self._cold |= {(name, kind) for kind in lane.kinds | lane.assists}
+        except Exception as cause:
+          unit = Unit(Kind.SWITCH, state.step)
+          state = self._failed(state, lane, unit, cause)
+    return state
+
+  def _lane(self, name: str) -> Lane:
+    return next(lane for lane in self._lanes if lane.name == name)
 
   def _failed(
-    self, state: State, lane: Lane, unit: Unit, cause: Exception, retries: int
+    self, state: State, lane: Lane, unit: Unit, cause: Exception
   ) -> State:
     """Puts the unit back, or waits for the others and names it."""
-    # Updates change what they start from; a lane that is gone stays gone.
-    lasting = unit.kind in (Kind.UPDATE, Kind.PUBLISH)
-    if retries > 0 and not lasting and not isinstance(cause, LaneLost):
+    if isinstance(cause, LaneLost):
+      if self.restart(cause):
+        return on_lost(on_lost(state, lane, unit), self._lane(cause.lane))
+    # Updates change what they start from.
+    elif self._left_retries > 0 and unit.kind not in (
+      Kind.UPDATE,
+      Kind.PUBLISH,
+      Kind.SWITCH,
+    ):
+      self._left_retries -= 1
       return on_lost(state, lane, unit)
     while not all(item.handle.ready() for item in self._running):
       time.sleep(POLL_SECONDS)
