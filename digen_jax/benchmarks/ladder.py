@@ -65,7 +65,7 @@ STEPS = 5  # of a repetition; the first and the last are not counted
 QUIET = 0.02  # of the cores: a repetition that lost more is run again,
 EXTRA = 1.0  # for at most so many times as many as were asked for
 SOLO = (0.97, 1.03)  # cores that a lane alone may use
-TRIES = 10  # of a pack; the fastest, as others may slow the rest down
+TRIES = 20  # of a pack; the fastest, as others may slow the rest down
 OVERLAP = 1.9  # least (A alone + B alone) / both
 TRIMMED = 20  # of so many equal units, the slowest and the fastest are left out
 
@@ -270,22 +270,26 @@ class _Rung:
     self._make_program, self.program = program, program(self.work)
     self.costs = _Recorded(self.work)
 
-  def row_seconds(self, pack: int) -> float:
-    """Of a transition in a pack of so many trained steps, on the trainer.
+  def row_seconds(self, packs: Sequence[int]) -> dict[int, float]:
+    """Of a transition in packs of so many trained steps, on the trainer.
 
     As a step asks for it, with the call and what it carries: that is what
-    larger packs save.
+    larger packs save. Packs take turns, since a core's speed changes.
     """
-    program = self._make_program(dataclasses.replace(self.work, pack=pack))
-    link, args = self.team.links["trainer"], program.first_pack("trainer")
+    link = self.team.links["trainer"]
 
-    def seconds() -> float:
+    def seconds(args: tuple) -> float:
       start = time.perf_counter()
       link.call_pair("gradients", 0, *args)[0].result()
-      return time.perf_counter() - start
+      return (time.perf_counter() - start) / len(args[0].x)
 
-    seconds()  # compiles
-    return min(seconds() for _ in range(TRIES)) / len(args[0].x)
+    calls = {}
+    for pack in packs:
+      work = dataclasses.replace(self.work, pack=pack)
+      calls[pack] = self._make_program(work).first_pack("trainer")
+      seconds(calls[pack])  # compiles
+    rounds = [{n: seconds(calls[n]) for n in packs} for _ in range(TRIES)]
+    return {n: min(took[n] for took in rounds) for n in packs}
 
   def assist(self) -> Assist:
     if not self.team.lanes[0].assists and not self.team.lanes[1].assists:
@@ -373,7 +377,7 @@ def _rungs(
   window = config.sampling.window
   packs = [n for n in range(1, window + 1) if window % n == 0]
   trial = _Rung("tsp", config, assembly, lanes, data)
-  seconds = {n: trial.row_seconds(n) for n in packs}
+  seconds = trial.row_seconds(packs)
   pack = min(seconds, key=seconds.__getitem__)
   report(
     "  trained steps per pack -> ms a row: "
