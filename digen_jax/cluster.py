@@ -130,19 +130,26 @@ class Remote:
       LaneLost: the actor has died.
     """
     import ray
+    from ray import exceptions
 
+    died = (
+      exceptions.RayActorError,
+      exceptions.ActorUnschedulableError,
+      exceptions.NodeDiedError,
+      exceptions.OutOfMemoryError,
+    )
     try:
       return ray.get(self.ref)
-    except ray.exceptions.RayTaskError as error:
+    except exceptions.RayTaskError as error:
       cause = error.cause if isinstance(error.cause, Exception) else error
-      if isinstance(cause, ray.exceptions.RayActorError):
+      if isinstance(cause, died):
         raise LaneLost(
           "",
           f"a process that lane {self.lane!r} was to hear from has died: the "
           "same command goes on from the last checkpoint",
         ) from error
       raise cause from None
-    except ray.exceptions.RayActorError as error:
+    except died as error:
       raise LaneLost(
         self.lane,
         f"the process of lane {self.lane!r} has died (out of memory, or killed "

@@ -117,6 +117,12 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
     return split
   if rollout is None and trainer is None:
     trainer = devices - devices // (lanes + 1) * lanes
+  if rollout is None and (devices - trainer) % lanes:
+    raise UserError(
+      f"config.mesh.rollout divides {devices - trainer} devices unevenly among "
+      f"{lanes} lanes, and plans know equal ones: change --devices or "
+      "config.mesh.trainer"
+    )
   rollout = rollout and rollout * lanes
   rollout = devices - trainer if rollout is None else rollout
   trainer = devices - rollout if trainer is None else trainer

@@ -1,5 +1,6 @@
 """The training run: assemble, place, resume, loop, report."""
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import math
@@ -22,7 +23,7 @@ from digen_jax.optimizer import make_schedule
 from digen_jax.parallel.rules import TRAINER
 from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
-from digen_jax.pipeline.execute import Executor, UnitError
+from digen_jax.pipeline.execute import START_SECONDS, Executor, UnitError
 from digen_jax.pipeline.scheduler import State, next_step, start_step
 from digen_jax.pipeline.search import LIVE, Search
 from digen_jax.pipeline.simulate import Assist, always
@@ -223,7 +224,10 @@ class Run:
       try:
         return self._evaluate()
       except LaneLost as lost:
-        if not self.executor.restart(lost):
+        if (handle := self.executor.restart(lost)) is None:
+          raise
+        concurrent.futures.wait([handle.future], START_SECONDS)
+        if not handle.ready():
           raise
 
   def _evaluate(self) -> Evaluated:

@@ -133,7 +133,11 @@ def test_in_bfloat16_lanes_are_sent_what_layers_read(prompts_file, tmp_path):
   trainer.state = trainer.state | {"trainable": trained}
   size, parcel = trainer.outgoing(1)
   rollout.receive(parcel)
+  # Stale units go on with a version when the next is there.
+  rollout.receive(trainer.outgoing(2)[1])
+  assert rollout.version == 1 and rollout._generator(1)
   published = rollout.published
+  assert rollout.version == 2
   assert {x.dtype for x in jax.tree.leaves(trained)} == {np.dtype("float32")}
   block = published["double_blocks"]["attn"]["to_q"]
   assert block["kernel"].dtype == "bfloat16"  # read so

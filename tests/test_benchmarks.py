@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import subprocess
 import sys
 import types
@@ -159,18 +160,20 @@ def test_what_others_disturbed_is_run_again_next_to_its_neighbours():
     "tsp": _Rung((9.0, 0.3), (1.0, 0.0), (1.0, 0.0), (1.0, 0.0)),
   }
   told = []
-  ran = ladder._repeat(rungs, 3, told.append)
+  ran, aside = ladder._repeat(rungs, 3, told.append)
   assert [r.seconds[0] for r in ran["tsp"]] == [1.0, 1.0, 1.0]
   assert [r.seconds[0] for r in ran["gap"]] == [2.0, 2.0, 2.0]
   assert ladder._ratios_to_before(ran, "tsp") == [2.0, 2.0, 2.0]
   steps = sorted(rungs["gap"].steps + rungs["tsp"].steps)
   assert steps == list(range(0, 8 * ladder.STEPS, ladder.STEPS))
-  assert "30.0 % of the cores taken away" in told[1]
+  assert "30.0 % of the processor taken away" in told[1]
+  assert [r.seconds[0] for r in aside["gap"] + aside["tsp"]] == [3.0, 9.0]
 
 
 def test_a_machine_that_is_never_quiet_ends_the_ladder_all_the_same():
   rung = _Rung((1.0, 0.5), (1.0, 0.3), *[(1.0, 0.5)] * 4)
-  ran = ladder._repeat({"gap": rung}, 3, lambda line: None)
+  ran, aside = ladder._repeat({"gap": rung}, 3, lambda line: None)
+  assert len(aside["gap"]) == 3
   assert not rung.runs  # as many again, and no more
   assert [r.stolen for r in ran["gap"]] == [0.3, 0.5, 0.5]  # the quietest
 
@@ -197,15 +200,29 @@ def _overlap(alone, together, cores=1.0):
 
 
 def test_lanes_that_share_a_core_are_refused():
-  assert _overlap(10.0, 9.8) == {"solo_cores": [1.0, 1.0], "overlap": 1.96}
+  found = _overlap(10.0, 9.8)
+  assert found == {"solo_cores": [1.0, 1.0], "overlap": pytest.approx(1.96)}
   with pytest.raises(UserError, match=r"two lanes do 1\.20 times the work"):
     _overlap(10.0, 6.0)
   with pytest.raises(UserError, match=r"uses 1\.90 and 1\.90 cores, not one"):
     _overlap(10.0, 9.8, cores=1.9)
 
 
-def test_processor_time_that_is_taken_away_is_read():
-  assert ladder.stolen_seconds() >= 0
+def test_processor_time_that_others_get_is_read():
+  stat = (
+    "cpu  9 9 9 9 9 9 9 9 9 9\n"
+    "cpu0 100 20 30 900 50 1 2 40 7 0\n"
+    "cpu1 200 0 0 900 50 0 0 60 0 0\n"
+    "cpu2 900 900 900 900 900 900 900 900 0 0\n"
+    "intr 17\n\n"
+  )
+  hertz = os.sysconf("SC_CLK_TCK")
+  stolen, wanted = ladder.cpu_seconds(stat, [0, 1])
+  assert stolen * hertz == pytest.approx(100)
+  assert wanted * hertz == pytest.approx(193 + 260)
+  stolen, wanted = ladder.cpu_seconds()
+  assert 0 <= stolen <= wanted
+  assert wanted > 0 or not Path("/proc/stat").exists()
 
 
 def test_an_unknown_family_is_refused_before_anything_is_compiled(tmp_path):

@@ -323,6 +323,36 @@ def test_a_lane_that_keeps_dying_ends_the_run(ticking):
     world.executor(LANES).run(start_step(WORK, 0))
 
 
+def test_a_lane_that_does_not_come_back_ends_the_run(ticking):
+  world = Mortal(ticking, dies_with=2, starts_in=10**6)
+  with pytest.raises(UnitError, match="did not start within 30 minutes"):
+    world.executor(LANES).run(start_step(WORK, 0))
+  assert 1800 <= ticking.now < 2000
+
+
+def test_a_lane_that_is_back_begins_nothing_of_a_step_that_ends(ticking):
+  """What it has then is the next version."""
+  world = Mortal(ticking, dies_with=WORK.groups + 1, starts_in=10**6)
+  begin, back = world.begin, []
+
+  def revive(lane):
+    back.append(Mortal.revive(world, lane))
+    return back[0]
+
+  def with_the_publish(lane, unit):
+    job = begin(lane, unit)
+    if unit.kind == Kind.PUBLISH and back:
+      back[0].end = job.end
+    return job
+
+  world.revive, world.begin = revive, with_the_publish
+  work = dataclasses.replace(WORK, stale=5)
+  executor = world.executor(LANES)
+  _, state = executor.run(start_step(work, 0, last=1))
+  assert back and not executor._away and not state.running
+  assert state.ahead.started == 0
+
+
 def test_a_loss_that_another_lane_tells_of_puts_both_units_back(ticking):
   work = dataclasses.replace(WORK, stale=5)
   # The first stale unit: the next thing to hear of it is the publish.

@@ -384,6 +384,9 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
   config = from_config_dict({"mesh": {"rollout": [1, 2], "trainer": 3}})
   with pytest.raises(UserError, match=r"mesh\.rollout=\[1, 2\] has lanes that"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)
+  config = from_config_dict({"mesh": {"rollout": ["auto"] * 2, "trainer": 3}})
+  with pytest.raises(UserError, match="5 devices unevenly among 2 lanes"):
+    planning.make_plan(config, WORK, Basis(TABLE), 8)
   config = from_config_dict({"mesh": {"rollout": "six"}})
   with pytest.raises(UserError, match=r"mesh\.rollout takes a device count"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)

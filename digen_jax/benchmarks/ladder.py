@@ -62,8 +62,10 @@ WORKLOADS: Mapping[str, tuple[int, int]] = {
   "training-heavy": (8, 6),
 }
 STEPS = 5  # of a repetition; the first and the last are not counted
-QUIET = 0.02  # of the cores: a repetition that lost more is run again,
-EXTRA = 1.0  # for at most so many times as many as were asked for
+# Part of the processor time that a repetition wanted and did not get: if it is
+# more, the repetition is run again ...
+QUIET = 0.02
+EXTRA = 1.0  # ... of all together at most so many times as many as asked for.
 SOLO = (0.97, 1.03)  # cores that a lane alone may use
 TRIES = 20  # of a pack; the fastest, as others may slow the rest down
 OVERLAP = 1.9  # least (A alone + B alone) / both
@@ -82,7 +84,7 @@ class Ran:
     costs: of their units: what a lane was busy, and what taking it in took.
     stale: whether units of the next step might start early.
     driver_seconds: CPU time of this process per counted step, rewards included.
-    stolen: share of the machine's cores that a hypervisor gave to others.
+    stolen: part of the processor time wanted that others got, see `cpu_seconds`.
     accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
       step.
   """
@@ -146,7 +148,7 @@ def run(
         program = rungs["rat"].program
         args = {lane: program.first_pack(lane) for lane in lanes.pair}
         result = check_overlap(lanes.links, args, report)
-      tables[name] = _summary(rungs, _repeat(rungs, repetitions, report))
+      tables[name] = _summary(rungs, *_repeat(rungs, repetitions, report))
     finally:
       lanes.stop()
   result |= {"workloads": tables}
@@ -171,7 +173,8 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
       "busy, s": _by_lane(r, "busy"),
       "idle, s": _by_lane(r, "idle"),
       "driver, CPU s": r["driver_cpu_seconds"],
-      "cores taken away, %": 100 * max(r["stolen"]),
+      "taken away, %": 100 * max(r["stolen"]),
+      "put aside": len(r["put_aside"]),
     }
     for name, workload in result["workloads"].items()
     for rung, r in workload["rungs"].items()
@@ -314,13 +317,13 @@ class _Rung:
     spans: list[Span] = []
     ends: list[float] = []
     driver: list[float] = []
-    stolen: list[float] = []
+    used: list[tuple[float, float]] = []
     for step in range(first, last + 1):
       self.program.begin_step(step)
       ran, state = executor.run(state)
       ends.append(time.perf_counter())
       driver.append(time.process_time())
-      stolen.append(stolen_seconds())
+      used.append(cpu_seconds())
       spans += ran
       if step < last:
         state = next_step(state, last=ahead)
@@ -333,7 +336,7 @@ class _Rung:
       [took for took in self.costs.every if first < took[1].step < last],
       stale,
       (driver[-2] - driver[0]) / counted,
-      (stolen[-2] - stolen[0]) / (ends[-2] - ends[0]) / os.cpu_count(),
+      (used[-2][0] - used[0][0]) / max(used[-2][1] - used[0][1], 1e-9),
       {
         lane: {k: v / counted for k, v in dataclasses.asdict(a).items()}
         for lane, a in accounting.items()
@@ -395,14 +398,18 @@ def _repeat(
   rungs: Mapping[str, _Rung],
   repetitions: int,
   report: Callable[[str], None],
-) -> dict[str, list[Ran]]:
+) -> tuple[dict[str, list[Ran]], dict[str, list[Ran]]]:
   """Every rung in turn, several times over.
 
   A repetition during which others had the cores says nothing about a rung, so
   it is put aside and run again at once, next to the ones it is compared with.
-  When there have been too many, they count as they are.
+  When there have been too many, the quietest counts.
+
+  Returns:
+    By rung, the repetitions that count, and those put aside.
   """
   ran: dict[str, list[Ran]] = {name: [] for name in rungs}
+  aside: dict[str, list[Ran]] = {name: [] for name in rungs}
   step = {"colocated": 0, "disaggregated": 0}  # each has its own training
   extra = round(EXTRA * repetitions * len(rungs))
   for repetition in range(repetitions):
@@ -415,26 +422,48 @@ def _repeat(
         seconds = statistics.median(tries[-1].seconds)
         report(
           f"  repetition {repetition + 1}  {name:11s} {seconds:.3f} s, "
-          f"{100 * tries[-1].stolen:.1f} % of the cores taken away"
+          f"{100 * tries[-1].stolen:.1f} % of the processor taken away"
         )
-      ran[name].append(min(tries, key=lambda one: one.stolen))
-  return ran
+      quietest = min(tries, key=lambda one: one.stolen)
+      ran[name].append(quietest)
+      aside[name] += [one for one in tries if one is not quietest]
+  return ran, aside
 
 
-def stolen_seconds() -> float:
-  """Processor time that this machine's hypervisor gave to others, of all cores.
+def cpu_seconds(
+  stat: str = "", cores: Iterable[int] = ()
+) -> tuple[float, float]:
+  """Processor time that others got, and that with what was had here, of cores.
 
-  Summed since the machine started; 0 where nothing tells (see proc(5)).
+  Both summed since the machine started; a core that has nothing to do wants
+  none. Where nothing is told, or no hypervisor takes any, the first is 0.
+
+  Args:
+    stat: what `/proc/stat` says (see proc(5)); read by default.
+    cores: by default those that this process may use.
   """
+  names = {f"cpu{i}" for i in cores or os.sched_getaffinity(0)}
   try:
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()
+    stat = stat or Path("/proc/stat").read_text()
   except OSError:
-    return 0.0
-  return int(fields[8]) / os.sysconf("SC_CLK_TCK")
+    return 0.0, 0.0
+  stolen = wanted = 0
+  for line in stat.splitlines():
+    name, _, ticks = line.partition(" ")
+    if name in names:
+      user, nice, system, _, _, irq, softirq, steal, *_ = map(
+        int, ticks.split()
+      )
+      stolen += steal
+      wanted += user + nice + system + irq + softirq + steal
+  hertz = os.sysconf("SC_CLK_TCK")
+  return stolen / hertz, wanted / hertz
 
 
 def _summary(
-  rungs: Mapping[str, _Rung], ran: Mapping[str, Sequence[Ran]]
+  rungs: Mapping[str, _Rung],
+  ran: Mapping[str, Sequence[Ran]],
+  aside: Mapping[str, Sequence[Ran]],
 ) -> dict[str, Any]:
   """Medians, and what the simulator makes of the costs that a rung had.
 
@@ -476,6 +505,9 @@ def _summary(
       ),
       "stale": [r.stale for r in ran[name]],
       "stolen": [r.stolen for r in ran[name]],
+      "put_aside": [
+        {"step_seconds": r.seconds, "stolen": r.stolen} for r in aside[name]
+      ],
       "driver_cpu_seconds": statistics.median(
         r.driver_seconds for r in ran[name]
       ),
@@ -495,8 +527,8 @@ def _ratios_to_before(
 ) -> list[float]:
   """How many times faster than the rung below it, repetition by repetition.
 
-  The two ran one after the other, so what drifts on the machine cancels. Of the
-  two lowest, which stand beside each other, there is none.
+  The two ran close to each other, so that what drifts on the machine cancels. Of
+  the two lowest, which stand beside each other, there is none.
   """
   if name in ("colocated", "sequential"):
     return []
@@ -577,8 +609,8 @@ def check_overlap(
   links: Mapping[str, cluster.RayLink],
   args: Mapping[str, tuple],
   report: Callable[[str], None],
-  seconds: float = 1.0,
-  rounds: int = 8,
+  seconds: float = 2.0,
+  rounds: int = 5,
 ) -> dict[str, Any]:
   """Shows that two lanes are two lanes.
 
@@ -611,7 +643,7 @@ def check_overlap(
     both.append([p.result() for p in [start(lane) for lane in pair]])
   # [rounds, lanes, (gradients per second, cores)] -> means over rounds.
   (rate, cores), (together, _) = (np.mean(x, axis=0).T for x in (alone, both))
-  overlap = round(float((together / rate).sum()), 3)
+  overlap = float((together / rate).sum())
   report(
     f"alone the lanes use {cores[0]:.2f} and {cores[1]:.2f} cores; together "
     f"they do {overlap:.2f} times the work of one"

@@ -35,6 +35,7 @@ from digen_jax.timeline import Span
 
 POLL_SECONDS = 5e-4  # well under the shortest unit; leaves the cores to work
 WAIT_SECONDS = 0.1  # for a future, before everything is looked at again
+START_SECONDS = 1800.0  # that a lane may need to start anew
 
 
 class Handle(Protocol):
@@ -131,7 +132,8 @@ class Executor:
     self._retries, self._revive = retries, revive
     self.restarts = restarts  # that are left
     self._running: list[_Running] = []
-    self._away: dict[str, Handle] = {}  # lanes that are being started anew
+    # Lanes that are being started anew, and until when they must be there.
+    self._away: dict[str, tuple[Handle, float]] = {}
     self._cold: set[tuple[str, Kind]] = set()  # what they have not compiled
     self._spans: list[Span] = []
 
@@ -168,7 +170,8 @@ class Executor:
         except Exception as cause:
           state = self._failed(state, item.lane, item.scheduled, cause)
         progressed = True
-      for lane in self._lanes:
+      # At the end of a step nothing is begun: the next version is there.
+      for lane in () if finished(state) else self._lanes:
         while (unit := self._next(state, lane)) is not None:
           switch = needs_switch(state, lane, unit)
           before, state = state, on_start(state, lane, unit)
@@ -186,23 +189,25 @@ class Executor:
         self._wait()
     return self._spans, state
 
-  def restart(self, lost: LaneLost) -> bool:
-    """Has a lane started anew that has died; False where that cannot be.
+  def restart(self, lost: LaneLost) -> Handle | None:
+    """Has a lane started anew that has died.
 
     It gets no units until it is there; others do what they can meanwhile.
+
+    Returns:
+      What is ready when the lane is; None where it cannot be started anew.
     """
     if self.restarts <= 0 or (handle := self._revive(lost.lane)) is None:
-      return False
+      return None
     self.restarts -= 1
     self._running = [i for i in self._running if i.lane.name != lost.lane]
-    self._away[lost.lane] = handle
+    self._away[lost.lane] = handle, self._clock() + START_SECONDS
     _log.warning(
-      "lane %r has died and is started anew (%d restarts left): %s",
+      "the process of lane %r has died and is started anew (%d restarts left)",
       lost.lane,
       self.restarts,
-      lost,
     )
-    return True
+    return handle
 
   def left(self) -> Left:
     """Seconds that what is under way should still need."""
@@ -232,7 +237,8 @@ class Executor:
 
   def _wait(self) -> None:
     """Until something may have ended."""
-    handles = [*(i.handle for i in self._running), *self._away.values()]
+    handles = [item.handle for item in self._running]
+    handles += [handle for handle, _ in self._away.values()]
     futures = [handle.future for handle in handles]
     if None in futures:
       time.sleep(POLL_SECONDS)
@@ -266,16 +272,20 @@ class Executor:
 
   def _welcome(self, state: State) -> State:
     """Lanes that were started anew are there, or have failed to start."""
-    for name, handle in list(self._away.items()):
-      if handle.ready():
-        del self._away[name]
-        lane = self._lane(name)
-        try:
-          handle.finish()
-          self._cold |= {(name, kind) for kind in lane.kinds | lane.assists}
-        except Exception as cause:
-          unit = Unit(Kind.SWITCH, state.step)
-          state = self._failed(state, lane, unit, cause)
+    for name, (handle, deadline) in list(self._away.items()):
+      if not handle.ready() and self._clock() < deadline:
+        continue
+      del self._away[name]
+      lane = self._lane(name)
+      try:
+        if not handle.ready():
+          minutes = START_SECONDS / 60
+          raise TimeoutError(f"it did not start within {minutes:.0f} minutes")
+        handle.finish()
+        self._cold |= {(name, kind) for kind in lane.kinds | lane.assists}
+      except Exception as cause:
+        unit = Unit(Kind.SWITCH, state.step)
+        state = self._failed(state, lane, unit, cause)
     return state
 
   def _lane(self, name: str) -> Lane:
