@@ -353,10 +353,13 @@ def test_a_lane_that_is_back_begins_nothing_of_a_step_that_ends(ticking):
   assert state.ahead.started == 0
 
 
-def test_a_loss_that_another_lane_tells_of_puts_both_units_back(ticking):
+@pytest.mark.parametrize("starts_in", [1, 30])  # in this step, in the next
+def test_a_loss_that_another_lane_tells_of_puts_both_units_back(
+  ticking, starts_in
+):
   work = dataclasses.replace(WORK, stale=5)
   # The first stale unit: the next thing to hear of it is the publish.
-  world = Mortal(ticking, dies_with=WORK.groups + 1)
+  world = Mortal(ticking, dies_with=WORK.groups + 1, starts_in=starts_in)
   begin = world.begin
 
   def slow_death(lane, unit):
