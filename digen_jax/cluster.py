@@ -195,10 +195,11 @@ class RayLink:
     """Calls `function(island, *args)` there; it returns host values."""
     return self._remote(self._actor.apply.remote(function, *_refs(args)))
 
-  def restart(self) -> None:
+  def restart(self) -> bool:
     """Starts the actor anew; all that it has is what it loads."""
     self.stop()
     self._actor = self._start()
+    return True
 
   def stop(self) -> None:
     """Ends the actor."""

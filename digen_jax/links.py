@@ -70,8 +70,8 @@ class Link(Protocol):
     """Calls a method that returns two things, which are apart from then on."""
     ...
 
-  def restart(self) -> None:
-    """Starts an island anew whose process has died (`errors.LaneLost`)."""
+  def restart(self) -> bool:
+    """Starts the island's process anew; False if it has none of its own."""
     ...
 
   def stop(self) -> None:
@@ -115,9 +115,9 @@ class LocalLink:
     first, second = self.call(method, *args).value
     return Computing(first), Computing(second)
 
-  def restart(self) -> None:
-    """It lives as long as this process does."""
-    raise NotImplementedError
+  def restart(self) -> bool:
+    """It lives as long as this process does: False."""
+    return False
 
   def stop(self) -> None:
     """Nothing to do: its arrays go with the run."""

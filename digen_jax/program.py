@@ -461,7 +461,8 @@ class Program:
     if lane not in self.team.rollouts or lane == self.team.trainer:
       return None
     link = self.links[lane]
-    link.restart()
+    if not link.restart():
+      return None
     # Before the first version is sent it is the one that the lane loads.
     call = ("receive", self._parcel) if self._parcel else ("switch", False)
     self._receipts[lane] = receipt = link.call(*call)

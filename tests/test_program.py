@@ -66,6 +66,7 @@ class Listener:
 
   def restart(self):
     self.heard.append(("restart", []))
+    return True
 
   def generate(self, version, prompts, negative, rows, start, numbers):
     _, step, group, member = numbers
