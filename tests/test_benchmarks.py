@@ -17,10 +17,12 @@ from safetensors.numpy import load_file
 from digen_jax.benchmarks import (
   cases,
   ladder,
+  ladder_summary,
   loading,
   memory,
   models,
   output,
+  overlap,
   reference,
 )
 from digen_jax.benchmarks.ladder import workload_config
@@ -151,7 +153,7 @@ class _Rung:
   def run(self, first):
     self.steps.append(first)
     seconds, stolen = self.runs.pop(0)
-    return ladder.Ran([seconds] * 3, [], [], False, 0.0, stolen, {})
+    return ladder_summary.Ran([seconds] * 3, [], [], False, 0.0, stolen, {})
 
 
 def test_what_others_disturbed_is_run_again_next_to_its_neighbours():
@@ -163,7 +165,7 @@ def test_what_others_disturbed_is_run_again_next_to_its_neighbours():
   ran, aside = ladder._repeat(rungs, 3, told.append)
   assert [r.seconds[0] for r in ran["tsp"]] == [1.0, 1.0, 1.0]
   assert [r.seconds[0] for r in ran["gap"]] == [2.0, 2.0, 2.0]
-  assert ladder._ratios_to_before(ran, "tsp") == [2.0, 2.0, 2.0]
+  assert ladder_summary._ratios_to_before(ran, "tsp") == [2.0, 2.0, 2.0]
   steps = sorted(rungs["gap"].steps + rungs["tsp"].steps)
   assert steps == list(range(0, 8 * ladder.STEPS, ladder.STEPS))
   assert "30.0 % of the processor taken away" in told[1]
@@ -196,7 +198,7 @@ def _overlap(alone, together, cores=1.0):
   links = dict.fromkeys(("rollout", "trainer"), types.SimpleNamespace())
   for link in links.values():
     link.apply = apply
-  return ladder.check_overlap(links, dict.fromkeys(links), lambda line: None)
+  return overlap.check_overlap(links, dict.fromkeys(links), lambda line: None)
 
 
 def test_lanes_that_share_a_core_are_refused():
@@ -217,10 +219,10 @@ def test_processor_time_that_others_get_is_read():
     "intr 17\n\n"
   )
   hertz = os.sysconf("SC_CLK_TCK")
-  stolen, wanted = ladder.cpu_seconds(stat, [0, 1])
+  stolen, wanted = overlap.cpu_seconds(stat, [0, 1])
   assert stolen * hertz == pytest.approx(100)
   assert wanted * hertz == pytest.approx(193 + 260)
-  stolen, wanted = ladder.cpu_seconds()
+  stolen, wanted = overlap.cpu_seconds()
   assert 0 <= stolen <= wanted
   assert wanted > 0 or not Path("/proc/stat").exists()
 

@@ -11,18 +11,22 @@ reported.
 
 import dataclasses
 import itertools
-import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import numpy as np
-
 from digen_jax import assemble, assets, cluster
 from digen_jax.benchmarks import output
+from digen_jax.benchmarks.ladder_summary import (
+  RUNGS,
+  Ran,
+  Took,
+  rows,
+  summarize,
+)
+from digen_jax.benchmarks.overlap import check_overlap, cpu_seconds
 from digen_jax.config import Config, Pipeline, from_config_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import UserError
@@ -34,17 +38,14 @@ from digen_jax.pipeline.search import LIVE, PREDICTED, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
 from digen_jax.pipeline.steady import stale_pays
 from digen_jax.pipeline.units import (
-  Kind,
   Unit,
   Workload,
   full_sizes,
-  step_units,
 )
 from digen_jax.program import Program
 from digen_jax.rewards.compose import compose, parse
 from digen_jax.timeline import Span, lane_accounting
 
-RUNGS = ("colocated", "sequential", "gap", "tsp", "tag", "rat", "tcss")
 # What each rung adds to the one before.
 SWITCHES: Mapping[str, Mapping[str, Any]] = {
   "colocated": {"mode": "colocated", "gap": False, "tsp": False},
@@ -66,36 +67,7 @@ STEPS = 5  # of a repetition; the first and the last are not counted
 # more, the repetition is run again ...
 QUIET = 0.02
 EXTRA = 1.0  # ... of all together at most so many times as many as asked for.
-SOLO = (0.97, 1.03)  # cores that a lane alone may use
 TRIES = 20  # of a pack; the fastest, as others may slow the rest down
-OVERLAP = 1.9  # least (A alone + B alone) / both
-TRIMMED = 20  # of so many equal units, the slowest and the fastest are left out
-
-Took = tuple[str, Unit, float]  # lane, unit, seconds
-
-
-@dataclasses.dataclass(frozen=True)
-class Ran:
-  """A repetition of a rung.
-
-  Attributes:
-    seconds: of every counted step.
-    spans: of the counted steps.
-    costs: of their units: what a lane was busy, and what taking it in took.
-    stale: whether units of the next step might start early.
-    driver_seconds: CPU time of this process per counted step, rewards included.
-    stolen: part of the processor time wanted that others got, see `cpu_seconds`.
-    accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
-      step.
-  """
-
-  seconds: list[float]
-  spans: list[Span]
-  costs: list[Took]
-  stale: bool
-  driver_seconds: float
-  stolen: float
-  accounting: dict[str, dict[str, float]]
 
 
 class _Recorded(Costs):
@@ -148,49 +120,12 @@ def run(
         program = rungs["rat"].program
         args = {lane: program.first_pack(lane) for lane in lanes.pair}
         result = check_overlap(lanes.links, args, report)
-      tables[name] = _summary(rungs, *_repeat(rungs, repetitions, report))
+      tables[name] = summarize(rungs, *_repeat(rungs, repetitions, report))
     finally:
       lanes.stop()
   result |= {"workloads": tables}
   output.save(workdir, "ladder", rows(result), result)
   return result
-
-
-def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
-  """The table: a line for every workload and rung."""
-  return [
-    {
-      "workload": name,
-      "rung": rung,
-      "step, s": r["median_seconds"],
-      "range, s": _range(r["step_seconds"]),
-      "x sequential": r["ratio_to_sequential"],
-      "x colocated": r["ratio_to_colocated"],
-      "x the rung before": _range(r["ratios_to_before"], middle=True),
-      "of the bound": r["bound_fraction"],
-      "of its own bound": r["own_bound_fraction"],
-      "predicted / measured": r["predicted_step_seconds"] / r["median_seconds"],
-      "busy, s": _by_lane(r, "busy"),
-      "idle, s": _by_lane(r, "idle"),
-      "driver, CPU s": r["driver_cpu_seconds"],
-      "taken away, %": 100 * max(r["stolen"]),
-      "put aside": len(r["put_aside"]),
-    }
-    for name, workload in result["workloads"].items()
-    for rung, r in workload["rungs"].items()
-  ]
-
-
-def _range(values: Sequence[float], middle: bool = False) -> str:
-  """Lowest to highest, with the median before them if asked; "" of nothing."""
-  if not values:
-    return ""
-  span = f"{min(values):.2f}–{max(values):.2f}"
-  return f"{statistics.median(values):.2f} ({span})" if middle else span
-
-
-def _by_lane(rung: Mapping[str, Any], key: str) -> str:
-  return " + ".join(f"{s[key]:.2f}" for s in rung["lanes"].values())
 
 
 def workload_config(name: str, groups: int, group_size: int) -> Config:
@@ -428,234 +363,3 @@ def _repeat(
       ran[name].append(quietest)
       aside[name] += [one for one in tries if one is not quietest]
   return ran, aside
-
-
-def cpu_seconds(
-  stat: str = "", cores: Iterable[int] = ()
-) -> tuple[float, float]:
-  """Processor time that others got, and that with what was had here, of cores.
-
-  Both summed since the machine started; a core that has nothing to do wants
-  none. Where nothing is told, or no hypervisor takes any, the first is 0.
-
-  Args:
-    stat: what `/proc/stat` says (see proc(5)); read by default.
-    cores: by default those that this process may use.
-  """
-  names = {f"cpu{i}" for i in cores or os.sched_getaffinity(0)}
-  try:
-    stat = stat or Path("/proc/stat").read_text()
-  except OSError:
-    return 0.0, 0.0
-  stolen = wanted = 0
-  for line in stat.splitlines():
-    name, _, ticks = line.partition(" ")
-    if name in names:
-      user, nice, system, _, _, irq, softirq, steal, *_ = map(
-        int, ticks.split()
-      )
-      stolen += steal
-      wanted += user + nice + system + irq + softirq + steal
-  hertz = os.sysconf("SC_CLK_TCK")
-  return stolen / hertz, wanted / hertz
-
-
-def _summary(
-  rungs: Mapping[str, _Rung],
-  ran: Mapping[str, Sequence[Ran]],
-  aside: Mapping[str, Sequence[Ran]],
-) -> dict[str, Any]:
-  """Medians, and what the simulator makes of the costs that a rung had.
-
-  The bound is taken from the units of all rungs that cut the work alike. Units
-  are slower where both lanes are busy, so each rung is also compared with the
-  bound of its own units.
-  """
-  spans = {n: _took(s for r in ran[n] for s in r.spans) for n in RUNGS}
-  pack = rungs["tsp"].work.pack
-  alike = [
-    took
-    for n in RUNGS
-    if n != "colocated" and rungs[n].work.pack == pack
-    for took in spans[n]
-  ]
-  full = rungs["tsp"].work
-  bound = _work_seconds(mean_costs(alike), full) / 2
-  medians = {
-    n: statistics.median(s for r in ran[n] for s in r.seconds) for n in RUNGS
-  }
-  table = {}
-  for name, rung in rungs.items():
-    own = _work_seconds(mean_costs(spans[name]), rung.work)
-    own /= len(rung.team.links)
-    cost = mean_costs([took for r in ran[name] for took in r.costs])
-    predicted = {
-      stale: rung.predict(cost, stale) for stale in {r.stale for r in ran[name]}
-    }
-    table[name] = {
-      "step_seconds": [s for r in ran[name] for s in r.seconds],
-      "median_seconds": medians[name],
-      "bound_fraction": bound / medians[name],
-      "own_bound_fraction": own / medians[name],
-      "ratio_to_sequential": medians["sequential"] / medians[name],
-      "ratio_to_colocated": medians["colocated"] / medians[name],
-      "ratios_to_before": _ratios_to_before(ran, name),
-      "predicted_step_seconds": statistics.median(
-        predicted[r.stale] for r in ran[name]
-      ),
-      "stale": [r.stale for r in ran[name]],
-      "stolen": [r.stolen for r in ran[name]],
-      "put_aside": [
-        {"step_seconds": r.seconds, "stolen": r.stolen} for r in aside[name]
-      ],
-      "driver_cpu_seconds": statistics.median(
-        r.driver_seconds for r in ran[name]
-      ),
-      "lanes": {
-        lane: {
-          key: statistics.median(r.accounting[lane][key] for r in ran[name])
-          for key in ("busy", "idle", "switch", "sync")
-        }
-        for lane in rung.team.links
-      },
-    }
-  return {"bound_seconds": bound, "rungs": table}
-
-
-def _ratios_to_before(
-  ran: Mapping[str, Sequence[Ran]], name: str
-) -> list[float]:
-  """How many times faster than the rung below it, repetition by repetition.
-
-  The two ran close to each other, so that what drifts on the machine cancels. Of
-  the two lowest, which stand beside each other, there is none.
-  """
-  if name in ("colocated", "sequential"):
-    return []
-  before = RUNGS[RUNGS.index(name) - 1]
-  return [
-    statistics.fmean(a.seconds) / statistics.fmean(b.seconds)
-    for a, b in zip(ran[before], ran[name], strict=True)
-  ]
-
-
-def _took(spans: Iterable[Span]) -> list[Took]:
-  """What lanes were busy with units of such sizes."""
-  return [
-    (
-      span.lane,
-      Unit(Kind(span.name), 0, 0, span.args["size"], 0, 1),
-      span.end - span.start,
-    )
-    for span in spans
-  ]
-
-
-def mean_costs(units: Iterable[Took]) -> Callable[[str, Unit], float]:
-  """Mean seconds by kind, lane and size, as a cost of units.
-
-  A step is a sum of units, so what it takes is a sum of means; a few extreme
-  units of many are left out.
-  """
-  seen: dict[tuple[Kind, str, int], list[float]] = {}
-  for lane, unit, seconds in units:
-    seen.setdefault((unit.kind, lane, unit.size), []).append(seconds)
-  table = {key: _mean(values) for key, values in seen.items()}
-
-  def cost(lane: str, unit: Unit) -> float:
-    key = unit.kind, lane, unit.size
-    if key in table:
-      return table[key]
-    # A lane that has not done this: what the others take.
-    others = [v for (k, _, n), v in table.items() if (k, n) == (key[0], key[2])]
-    return statistics.mean(others) if others else 0.0
-
-  return cost
-
-
-def _mean(values: Sequence[float]) -> float:
-  """Mean without one in `TRIMMED` at either end."""
-  cut = len(values) // TRIMMED
-  return statistics.fmean(sorted(values)[cut : len(values) - cut])
-
-
-def _work_seconds(cost: Callable[[str, Unit], float], work: Workload) -> float:
-  """Seconds of a step's work on the lanes that it belongs to."""
-  home = {Kind.GENERATE: "rollout", Kind.SCORE: None}
-  total = 0.0
-  for unit in step_units(work, 0):
-    lane = home.get(unit.kind, "trainer")
-    total += cost(lane, unit) if lane else 0.0
-  return total
-
-
-# Overlap.
-
-
-def spin(island: Any, seconds: float, args: tuple) -> tuple[float, float]:
-  """Computes gradients for a while, where the island is.
-
-  Returns:
-    Gradients per second, and the cores used.
-  """
-  count, wall, cpu = 0, time.perf_counter(), time.process_time()
-  while (passed := time.perf_counter() - wall) < seconds:
-    jax.block_until_ready(island.gradients(0, *args))
-    count += 1
-  return count / passed, (time.process_time() - cpu) / passed
-
-
-def check_overlap(
-  links: Mapping[str, cluster.RayLink],
-  args: Mapping[str, tuple],
-  report: Callable[[str], None],
-  seconds: float = 2.0,
-  rounds: int = 5,
-) -> dict[str, Any]:
-  """Shows that two lanes are two lanes.
-
-  Args:
-    links: to "rollout" and "trainer".
-    args: of `Island.gradients`, by lane.
-    report: told the result.
-    seconds: of each measurement.
-    rounds: of three measurements, each lane alone and both: a core's own speed
-      changes from second to second on a shared machine.
-
-  Returns:
-    {"solo_cores", "overlap"}: cores used by each lane alone; how much more two
-    lanes do together than one.
-
-  Raises:
-    UserError: a lane alone does not use one core, or both do not do nearly
-      twice the work.
-  """
-  pair = ("rollout", "trainer")
-
-  def start(lane: str) -> Any:
-    return links[lane].apply(spin, seconds, args[lane])
-
-  for lane in pair:
-    start(lane).result()  # compiled, warm
-  alone, both = [], []
-  for _ in range(rounds):
-    alone.append([start(lane).result() for lane in pair])
-    both.append([p.result() for p in [start(lane) for lane in pair]])
-  # [rounds, lanes, (gradients per second, cores)] -> means over rounds.
-  (rate, cores), (together, _) = (np.mean(x, axis=0).T for x in (alone, both))
-  overlap = float((together / rate).sum())
-  report(
-    f"alone the lanes use {cores[0]:.2f} and {cores[1]:.2f} cores; together "
-    f"they do {overlap:.2f} times the work of one"
-  )
-  if not all(SOLO[0] <= used <= SOLO[1] for used in cores):
-    raise UserError(
-      f"a lane alone uses {cores[0]:.2f} and {cores[1]:.2f} cores, not one: "
-      "pinning does not work here, so the ladder would show nothing"
-    )
-  if overlap < OVERLAP:
-    raise UserError(
-      f"two lanes do {overlap:.2f} times the work of one, less than {OVERLAP}: "
-      "the cores are shared with something else; try when it has ended"
-    )
-  return {"solo_cores": cores.tolist(), "overlap": overlap}
