@@ -243,19 +243,18 @@ def _server_class() -> type:
       except Exception as error:  # from here an actor would seem to have died
         self._error = error
 
-    def describe(self) -> Any:
+    def served(self) -> Any:
       if self._error is not None:
         raise self._error
-      return self._served.hardware
+      return self._served
+
+    def describe(self) -> Any:
+      return self.served().hardware
 
     def call(self, method: str, *args: Any) -> Any:
-      if self._error is not None:
-        raise self._error
-      return self._served.call(method, *args)
+      return self.served().call(method, *args)
 
     def apply(self, function: Any, *args: Any) -> Any:
-      if self._error is not None:
-        raise self._error
-      return function(self._served.island, *args)
+      return function(self.served().island, *args)
 
   return Server

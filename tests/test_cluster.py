@@ -177,9 +177,11 @@ def score(images, prompts):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
-@pytest.mark.parametrize("tag", [False, True])
+@pytest.mark.parametrize(
+  ("tag", "lanes"), [(False, 1), (True, 1), (False, [1, 1])]
+)
 def test_a_rollout_actor_that_dies_is_started_again(
-  tag, prompts_file, tmp_path
+  tag, lanes, prompts_file, tmp_path
 ):
   """In the middle of a step, and again in an evaluation: nothing is lost."""
   (tmp_path / "reward.py").write_text(MURDEROUS)
@@ -189,22 +191,22 @@ def test_a_rollout_actor_that_dies_is_started_again(
   config.pipeline.reward_slots = 1
   config.pipeline.update(lanes="ray", tag=tag, rat=True)
   config.steps, config.checkpoint_every = 4, 2
-  config.mesh.rollout = config.mesh.trainer = 1
+  config.mesh.rollout, config.mesh.trainer, config.devices = lanes, 1, 3
   found = {}
   for killed in (False, True):
     run = training.Run(from_config_dict(config), tmp_path / str(killed))
-    rollout = run.team.links["rollout"]
     run.warm_up()
+    first, *_, last = [*run.team.rollouts] * 2
     for step in range(3):
       if killed and step == 1:
-        pid = rollout.apply(lambda _: os.getpid()).result()
+        pid = run.team.links[last].apply(lambda _: os.getpid()).result()
         (tmp_path / "victim").write_text(str(pid))
       row, _ = run.train_one_step()
       assert sum(row["generated_by"].values()) == 6  # prompts, a unit each
       assert row["ratio_max_abs_log"] <= 1e-6
     if killed:
       assert run.executor.restarts == config.pipeline.restarts - 1
-      pid = rollout.apply(lambda _: os.getpid()).result()
+      pid = run.team.links[first].apply(lambda _: os.getpid()).result()
       os.kill(pid, signal.SIGKILL)
     rewards = run.evaluate().rewards
     run.train_one_step()

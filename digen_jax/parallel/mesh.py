@@ -183,8 +183,8 @@ def _axis_sizes(
       share = rest // len(auto)
     if share < 1 and mode == "disaggregated":
       raise UserError(
-        f"'auto' for the {name} mesh of config.mesh is left without a device: {available} "
-        "there, and disaggregated mode needs at least one for each role; use "
+        f"'auto' for the {name} mesh of config.mesh is left without a device: "
+        f"{available} there, and disaggregated mode needs at least one for each role; use "
         "config.pipeline.mode='colocated' or raise config.devices"
       )
     sizes[name] = {("fsdp" if name == "trainer" else "data"): share}

@@ -298,7 +298,7 @@ class Executor:
     if isinstance(cause, LaneLost):
       if self.restart(cause):
         return on_lost(on_lost(state, lane, unit), self._lane(cause.lane))
-    # Updates change what they start from.
+    # Updates change what they start from; a switch is a lane that did not start.
     elif self._left_retries > 0 and unit.kind not in (
       Kind.UPDATE,
       Kind.PUBLISH,
