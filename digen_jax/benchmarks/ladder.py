@@ -38,6 +38,7 @@ from digen_jax.pipeline.search import LIVE, PREDICTED, Search
 from digen_jax.pipeline.simulate import Assist, always, simulate
 from digen_jax.pipeline.steady import stale_pays
 from digen_jax.pipeline.units import (
+  Kind,
   Unit,
   Workload,
   full_sizes,
@@ -58,11 +59,11 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = {
 }
 # Denoising steps and trained steps: how the work divides over the two kinds.
 WORKLOADS: Mapping[str, tuple[int, int]] = {
-  "generation-heavy": (16, 2),
-  "balanced": (12, 4),
-  "training-heavy": (8, 6),
+  "generation-heavy": (32, 4),
+  "balanced": (24, 8),
+  "training-heavy": (16, 12),
 }
-STEPS = 5  # of a repetition; the first and the last are not counted
+STEPS = 4  # of a repetition; the first and the last are not counted
 # Part of the processor time that a repetition wanted and did not get: if it is
 # more, the repetition is run again ...
 QUIET = 0.02
@@ -212,14 +213,16 @@ class _Rung:
     """Of a transition in packs of so many trained steps, on the trainer.
 
     As a step asks for it, with the call and what it carries: that is what
-    larger packs save. Packs take turns, since a core's speed changes.
+    larger packs save. The driver's own time counts besides, as in a step it
+    takes a core from a lane. Packs take turns, since a core's speed changes.
     """
     link = self.team.links["trainer"]
 
     def seconds(args: tuple) -> float:
-      start = time.perf_counter()
+      start, driver = time.perf_counter(), time.process_time()
       link.call_pair("gradients", 0, *args)[0].result()
-      return (time.perf_counter() - start) / len(args[0].x)
+      passed = time.perf_counter() - start + time.process_time() - driver
+      return passed / len(args[0].x)
 
     calls = {}
     for pack in packs:
@@ -312,21 +315,43 @@ def _rungs(
     PromptStream(tuple(prompts), config.seed, config.batch.prompts),
     assemble.embed(assembly, prompts),
   )
-  window = config.sampling.window
-  packs = [n for n in range(1, window + 1) if window % n == 0]
-  trial = _Rung("tsp", config, assembly, lanes, data)
-  seconds = trial.row_seconds(packs)
-  pack = min(seconds, key=seconds.__getitem__)
-  report(
-    "  trained steps per pack -> ms a row: "
-    + ", ".join(f"{n} -> {1e3 * s:.2f}" for n, s in seconds.items())
-  )
-  pipeline = dataclasses.replace(config.pipeline, timesteps_per_pack=pack)
-  config = dataclasses.replace(config, pipeline=pipeline)
-  rungs = {name: _Rung(name, config, assembly, lanes, data) for name in RUNGS}
-  for rung in rungs.values():
-    rung.warm_up(0)
+
+  def rung(name: str, pack: int) -> _Rung:
+    pipeline = dataclasses.replace(config.pipeline, timesteps_per_pack=pack)
+    changed = dataclasses.replace(config, pipeline=pipeline)
+    return _Rung(name, changed, assembly, lanes, data)
+
+  pack = _best_pack(rung, config.sampling.window, report)
+  rungs = {name: rung(name, pack) for name in RUNGS}
+  for each in rungs.values():
+    each.warm_up(0)
   return rungs
+
+
+def _best_pack(
+  rung: Callable[[str, int], _Rung], window: int, report: Callable[[str], None]
+) -> int:
+  """Trained steps per pack of the shortest step, by what packs cost here.
+
+  Small packs pay for their calls, large ones leave a lane idle at the end.
+  """
+  packs = [n for n in range(1, window + 1) if window % n == 0]
+  trial = rung("tsp", window)
+  row = trial.row_seconds(packs)
+  (generate,) = trial.program.measure(0, [("rollout", Kind.GENERATE)])
+
+  def predict(pack: int) -> float:
+    all_on = rung("rat", pack)
+    rows = all_on.work.train_size * pack
+    costs = {Kind.GENERATE: generate.seconds, Kind.TRAIN: rows * row[pack]}
+    return all_on.predict(lambda _, unit: costs.get(unit.kind, 0.0), False)
+
+  steps = {pack: predict(pack) for pack in packs}
+  report(
+    "  trained steps per pack -> ms a row, s a step: "
+    + ", ".join(f"{n} -> {1e3 * row[n]:.2f}, {steps[n]:.2f}" for n in packs)
+  )
+  return min(steps, key=steps.__getitem__)
 
 
 def _repeat(
