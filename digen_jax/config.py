@@ -189,7 +189,8 @@ class Mesh:
   """Device counts, axis sizes (data, fsdp, sequence, tensor), or "auto".
 
   A list for the rollout gives as many rollout lanes, which may differ: [2, 4],
-  or ["auto", "auto"]. Each takes the next unit when it is done with one.
+  or ["auto", "auto"]. Each takes the next unit when it is done with one, but
+  leaves the last of a step to faster ones that will be through sooner.
 
   data and fsdp divide samples, and fsdp stores parameters in parts; sequence
   divides the tokens of a sample, tensor its heads.

@@ -26,6 +26,7 @@ UPDATE_TRAFFIC = 28  # bytes read and written by AdamW per trained parameter
 USABLE = 0.9  # of a device's memory
 PER_DOUBLING = 0.9  # efficiency left when twice the devices share a row
 MOST_SHARDS = 16
+NO_ROOM = 1e-6  # rows; 0 would mean that nothing is known
 # Of the bfloat16 peak, what products in float32 reach: TF32 of NVIDIA's
 # devices. TPUs round their factors to bfloat16 unless told otherwise.
 FLOAT32 = 0.5
@@ -86,6 +87,9 @@ class Job:
     reference: whether training also needs a forward pass of the reference
       policy (a KL term).
     average: whether an average of the trained parameters is kept (EMA).
+    held: gradients that may wait on a lane for those before them.
+    borrows: whether lanes that generate are lent weights between the updates of
+      a step, beside the version that they have.
     remat: as in `layers.scan_blocks`.
     itemsize: bytes of an element of what is computed, 2 (bfloat16) or 4.
     score_seconds: of the reward of a sample.
@@ -98,6 +102,8 @@ class Job:
   lora_rank: int = 0
   reference: bool = False
   average: bool = False
+  held: int = 0
+  borrows: bool = False
   remat: str = "block"
   itemsize: int = 2
   score_seconds: float = 0.1
@@ -162,6 +168,8 @@ class Memory:
       that trains by itself the state of training and what it gathers.
     row: activations of a row.
     shards: devices that work on a row together.
+    sequence: of them, those among which its tokens are divided; they share no
+      weights.
   """
 
   usable: float
@@ -171,6 +179,7 @@ class Memory:
   state: float
   row: float
   shards: int
+  sequence: int
 
   @property
   def rows(self) -> float:
@@ -189,7 +198,7 @@ def ledger_table(
   rollout: Device,
   trainer: Device,
   devices: int,
-  least: Mapping[str, int] = MappingProxyType({}),
+  rows: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> CostTable:
   """A cost table from ledgers.
 
@@ -198,12 +207,13 @@ def ledger_table(
     rollout: what generates.
     trainer: what trains; may be of the same kind.
     devices: of both roles.
-    least: by role, devices that share a row at least.
+    rows: by role, sizes of the `sequence` axis, and at least of the `tensor`
+      axis; 1 by default.
 
   Raises:
     UserError: the model does not fit into the devices' memory.
   """
-  memory = memories(job, rollout, trainer, devices, least)
+  memory = memories(job, rollout, trainer, devices, rows)
   kinds = _kinds(rollout, trainer)
   roles = {
     role: _role(job, kinds[role], role, held) for role, held in memory.items()
@@ -221,7 +231,7 @@ def memories(
   rollout: Device,
   trainer: Device,
   devices: int,
-  least: Mapping[str, int] = MappingProxyType({}),
+  rows: Mapping[str, Mapping[str, int]] = MappingProxyType({}),
 ) -> dict[str, Memory]:
   """What a device of each role holds, "rollout", "trainer", "colocated".
 
@@ -234,15 +244,17 @@ def memories(
     rollout: what generates.
     trainer: what trains.
     devices: of both roles.
-    least: by role, devices that share a row at least.
+    rows: by role, sizes of the `sequence` axis, and at least of the `tensor`
+      axis; 1 by default.
 
   Raises:
-    UserError: not even `MOST_SHARDS` devices hold a row.
+    UserError: not even `MOST_SHARDS` devices hold a row of a lane with one
+      role. A colocated lane may be left with less than a row.
   """
   half = max(devices // 2, 1)
   counts = {"rollout": half, "trainer": half, "colocated": devices}
   return {
-    role: _memory(job, device, role, counts[role], least.get(role, 1))
+    role: _memory(job, device, role, counts[role], rows.get(role, {}))
     for role, device in _kinds(rollout, trainer).items()
   }
 
@@ -256,14 +268,16 @@ def _kinds(rollout: Device, trainer: Device) -> dict[str, Device]:
 
 
 def _memory(
-  job: Job, device: Device, role: str, devices: int, least: int
+  job: Job, device: Device, role: str, devices: int, axes: Mapping[str, int]
 ) -> Memory:
-  """With as few devices to a row as hold one, but not less than `least`."""
+  """With as few devices to a row as hold one, but not less than `axes` has."""
   weights = float(job.frozen_bytes + job.read_bytes)
   reference = float(job.reference * job.read_bytes)
-  state = float(job.trained_bytes)  # a gradient
-  if role != "rollout":
-    state = (STATE + TRAINED * job.average) * job.trained
+  state = float((1 + job.held) * job.trained_bytes)  # gradients
+  if role == "rollout":
+    weights += job.borrows * job.read_bytes
+  else:
+    state += (STATE - TRAINED + TRAINED * job.average) * job.trained
     state += job.read_bytes + reference
     reference = 0.0
     # A layer and the next; without recomputation all stay for the way back.
@@ -275,25 +289,32 @@ def _memory(
       weights = layers
     else:  # gathered beside what is published
       weights += layers
-  # Every device of a row has its residual stream; blocks are divided.
+  # The sequence axis divides tokens, but those of keys and values (and of their
+  # gradients); the tensor axis what is inside blocks, not the residual stream.
   item = job.itemsize
   stream = costs.saved_bytes(job.denoiser, itemsize=item, remat="block")
   inside = costs.saved_bytes(job.denoiser, itemsize=item, remat=job.remat)
   block = costs.saved_bytes(job.denoiser, itemsize=item, remat="dots")
   inside += block / job.denoiser.depth - stream
-  for shards in _degrees(job.denoiser, least):
+  sequence = axes.get("sequence", 1)
+  keys = 4 * stream / job.denoiser.depth * (1 - 1 / sequence)
+  for tensor in _degrees(job.denoiser, axes.get("tensor", 1)):
+    shards = sequence * tensor
     found = Memory(
       usable=USABLE * device.memory * GIB,
-      weights=weights / shards,
-      gradient=job.trained_bytes / job.denoiser.depth / shards,
-      reference=reference / shards,
+      weights=weights / tensor,
+      gradient=job.trained_bytes / job.denoiser.depth / tensor,
+      reference=reference / tensor,
       state=state,
-      row=job.passes * (stream + inside / shards),
+      row=job.passes * (stream / sequence + inside / shards + keys / tensor),
       shards=shards,
+      sequence=sequence,
     )
     replicas = max(devices // shards, 1)
     if found.rows - found.state_rows / replicas >= 1:
       return found
+  if role == "colocated":  # the others may fit all the same
+    return found
   raise UserError(
     f"a model of {job.parameters / 1e9:.1f}e9 weights does not fit: of "
     f"{device.memory:.0f} GiB on a {device.name}, shared by {shards} devices "
@@ -307,7 +328,7 @@ def _memory(
 
 
 def _degrees(denoiser: Ledger, least: int) -> list[int]:
-  """How many devices may share a row: they divide the attention heads."""
+  """Among how many devices the attention heads of a row may be divided."""
   heads = max(a.heads for a in denoiser.attentions)
   powers = [2**n for n in range(MOST_SHARDS.bit_length())]
   more = [n for n in powers if least < n <= MOST_SHARDS and heads % n == 0]
@@ -317,12 +338,13 @@ def _degrees(denoiser: Ledger, least: int) -> list[int]:
 def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
   """What units cost on one role's layout.
 
-  Rollout lanes hold all weights on every `shards` devices. Trainer lanes hold
+  Rollout lanes hold all weights on all devices that divide the heads. Trainer lanes hold
   a part each and gather the weights for every forward pass and where blocks
   are computed again, without overlap; a colocated lane gathers what it trains.
   """
   shards = memory.shards
-  link = device.link * GIGA * shards  # devices of a row gather a part each
+  # Devices that divide the heads gather a part each.
+  link = device.link * GIGA * shards / memory.sequence
   network = device.network * GIGA
   read = job.read_bytes / link
   weights = read + job.frozen_bytes / link
@@ -352,9 +374,11 @@ def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
       job.num_steps * job.passes * weights if role == "trainer" else 0.0,
       generate / loss,
     ),
-    # In float32 as well, which the part of the peak that it reaches allows for.
+    # In float32 as well, which the part of the peak that it reaches allows for;
+    # every device of a row does all of it.
     decode=Rate(
-      row=_seconds(2, device, costs.forward(job.decoder), device.decode)
+      row=shards
+      * _seconds(2, device, costs.forward(job.decoder), device.decode)
     ),
     train=Rate(fixed, train / loss),
     update=Rate(row=traffic * job.trained / (device.bandwidth * GIGA)),
@@ -364,7 +388,8 @@ def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
     ),
     switch=Rate(weights if role == "trainer" else 0.0),
     shards=shards,
-    max_rows=memory.rows,
+    sequence=memory.sequence,
+    max_rows=max(memory.rows, NO_ROOM),
     state_rows=memory.state_rows,
   )
 
@@ -411,8 +436,9 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     f"memory: {USABLE:.0%} of a device, of which weights (of a trainer two "
     "layers beside its part), gradients in parts, the state of training and "
     "activations are counted, and neither the decoder nor what generating "
-    "works with; devices that share a row divide weights, but not the residual "
-    "stream",
+    f"works with; {job.held} gradients may wait for those before them; devices "
+    "on a tensor axis divide weights, but not the residual stream, those on a "
+    "sequence axis tokens, but not weights",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

@@ -25,6 +25,7 @@ from digen_jax import policy
 from digen_jax.checkpoint import Checkpoints
 from digen_jax.models import layers
 from digen_jax.parallel import rules
+from digen_jax.parallel.allocator import keep_freed_memory
 from digen_jax.parallel.gather import reading
 from digen_jax.parallel.mesh import batch_sharding, replicated
 from digen_jax.parallel.reshard import check, checksums, own, reshard
@@ -100,6 +101,8 @@ class Island:
       weights: version 0.
       optimizer: from `make_optimizer`.
     """
+    if mesh.devices.flat[0].platform == "cpu":
+      keep_freed_memory()
     self.lane, self.mesh = lane, mesh
     self.recipe = dataclasses.replace(recipe, mesh=mesh)
     self.generates = Kind.GENERATE in lane.kinds
@@ -246,6 +249,7 @@ class Island:
     conditioning: Conditioning,
     negative: Conditioning | None,
     seed: int,
+    part: range | None = None,
   ) -> np.ndarray:
     """Deterministic samples for evaluation: see `sampler.Sampler`.
 
@@ -254,9 +258,10 @@ class Island:
       conditioning: [N, ...] host arrays.
       negative: [1, ...] host arrays, with guidance.
       seed: of the noise.
+      part: which of the samples; all by default.
     """
     params = reshard(params, self._rollout_layout)
-    return self._sampler(params, conditioning, negative, seed)
+    return self._sampler(params, conditioning, negative, seed, part)
 
   @functools.cached_property
   def _sampler(self) -> Sampler:

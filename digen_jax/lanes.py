@@ -1,6 +1,7 @@
 """The lanes of a run: what each may do, and the islands behind them."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -26,7 +27,7 @@ class Team:
     lanes: all lanes, the host threads that score included.
     links: the way to each island, by lane name.
     rollouts: the lanes whose own work is generating; they are sent every
-      version, and the first samples for evaluations.
+      version, and sample for evaluations.
     trainer: the lane that owns the training state; may be the same.
     generators: all lanes that can generate, assisting or not.
     learners: all lanes that can compute gradients.
@@ -114,6 +115,19 @@ def make_team(config: Config, assembly: Assembly) -> Team:
   else:
     links = _local_links(config, assembly, lanes)
   return team_of(lanes, links)
+
+
+def divide(count: int, sizes: Mapping[str, int]) -> dict[str, range]:
+  """`count` samples among lanes of so many devices; none is left out.
+
+  A lane with nothing to do has no part.
+  """
+  ends = [
+    round(count * end / sum(sizes.values()))
+    for end in itertools.accumulate(sizes.values())
+  ]
+  parts = map(range, [0, *ends], ends)
+  return {name: part for name, part in zip(sizes, parts) if part}
 
 
 def check_lanes(

@@ -24,7 +24,7 @@ from digen_jax.errors import UserError
 from digen_jax.models import costs, find_family, vae
 from digen_jax.models.published import find_model
 from digen_jax.models.vae.costs import DECODERS
-from digen_jax.parallel.mesh import row_devices
+from digen_jax.parallel.mesh import ROW_AXES, row_devices
 from digen_jax.pipeline.cost_table import (
   CostTable,
   read_table,
@@ -97,6 +97,8 @@ def job_of(config: Config, model: str = "") -> Job:
     lora_rank=config.train.lora_rank,
     reference=config.train.kl_weight > 0,
     average=config.train.ema_decay > 0,
+    held=config.pipeline.held_gradients,
+    borrows=config.train.updates_per_batch > 1,
     remat=config.train.remat,
     itemsize=2 if config.dtype.compute == "bfloat16" else 4,
   )
@@ -158,45 +160,39 @@ def from_ledgers(
     sampling = dataclasses.replace(sampling, **own)
     config = dataclasses.replace(config, sampling=sampling)
   job, kinds = job_of(config, model), (rollout, trainer)
-  least = {role: devices_to_a_row(config, role) or 1 for role in ROLES}
-  least["colocated"] = least["trainer"]
+  rows = {role: row_axes(config, role) or {} for role in ROLES}
+  rows["colocated"] = rows["trainer"]
   size = f"{sampling.num_frames} x {sampling.height} x {sampling.width}"
   return Basis(
-    ledger_table(job, *kinds, devices, least),
+    ledger_table(job, *kinds, devices, rows),
     assumed=(
       f"frames x height x width: {size}; guidance {sampling.guidance_scale}",
       *assumptions(job, kinds),
     ),
     flops=job.flops,
     peaks={"rollout": rollout.tflops, "trainer": trainer.tflops},
-    memory=memories(job, *kinds, devices, least),
+    memory=memories(job, *kinds, devices, rows),
     apart=rollout.name != trainer.name,
   )
 
 
-def devices_to_a_row(config: Config, role: str) -> int | None:
-  """Devices that share a row in a role of the config; None for "auto"."""
-  mesh, _ = one_mesh(config, role)
-  if mesh == "auto":
-    return None
-  return row_devices(mesh) if isinstance(mesh, Mapping) else 1
-
-
-def one_mesh(config: Config, role: str) -> tuple[Any, int]:
-  """The mesh of a role's lanes as the config has it, and how many there are.
+def row_axes(config: Config, role: str) -> dict[str, int] | None:
+  """Axes over which devices share a row in a role; None if all is "auto".
 
   Raises:
-    UserError: its lanes differ.
+    UserError: they differ from lane to lane.
   """
   mesh = getattr(config.mesh, role)
-  if not isinstance(mesh, list | tuple) or not mesh:
-    return mesh, 1
-  if any(other != mesh[0] for other in mesh):
+  lanes = mesh if isinstance(mesh, list | tuple) and mesh else [mesh]
+  shapes = [lane if isinstance(lane, Mapping) else {} for lane in lanes]
+  found = [{n: shape.get(n, 1) for n in ROW_AXES} for shape in shapes]
+  if any(axes != found[0] for axes in found):
     raise UserError(
-      f"config.mesh.{role}={list(mesh)} has lanes that differ, and plans know "
-      "equal ones: give them one size in the plan, or plan each"
+      f"config.mesh.{role}={list(mesh)} has lanes that share a row in different "
+      f"ways ({' and '.join(ROW_AXES)} axes), and plans know one: plan them one "
+      "by one"
     )
-  return mesh[0], len(mesh)
+  return None if all(lane == "auto" for lane in lanes) else found[0]
 
 
 def role_of(lane: str) -> str:
@@ -238,7 +234,10 @@ def from_timeline(config: Config, timeline: str | Path) -> Basis:
   sizes = {n: math.prod(meshes.get(n, {"": 1}).values()) for n in lanes}
   shards = {n: row_devices(meshes.get(n, {})) for n in lanes}
   source = f"measured, {path}"
-  table = table_from_spans(spans, sizes, shards=shards, source=source)
+  sequence = {n: meshes.get(n, {}).get("sequence", 1) for n in lanes}
+  table = table_from_spans(
+    spans, sizes, shards=shards, sequence=sequence, source=source
+  )
   kinds = record.get("devices", {})
   return Basis(
     table,

@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,8 @@ from digen_jax.ladder import NAMES, ladder_chart, ladder_rows, ladder_text
 from digen_jax.ladder import prediction_panels as panels
 from digen_jax.metrics import format_seconds
 from digen_jax.page import page, section
-from digen_jax.pipeline.cost_table import CostTable, write_table
+from digen_jax.parallel.mesh import lane_sizes, row_devices
+from digen_jax.pipeline.cost_table import CostTable, RoleCosts, write_table
 from digen_jax.pipeline.planner import (
   RUNGS,
   Prediction,
@@ -30,7 +31,7 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.splits import best_splits
 from digen_jax.pipeline.units import Workload
-from digen_jax.plan_basis import ROLES, Basis, devices_to_a_row, one_mesh
+from digen_jax.plan_basis import ROLES, Basis, row_axes
 from digen_jax.svg import number
 from digen_jax.throughput import TERA
 from digen_jax.timeline import write_trace
@@ -109,41 +110,22 @@ def configured_split(config: Config, work: Workload, devices: int) -> Split:
   Raises:
     UserError: more devices than there are, or no number of them.
   """
-  mesh, lanes = one_mesh(config, "rollout")
-  rollout = _count("rollout", mesh)
-  trainer = _count("trainer", config.mesh.trainer)
-  split = equal_split(work, devices, lanes)
-  if rollout is None and trainer is None and lanes == 1:
-    return split
-  if rollout is None and trainer is None:
-    trainer = devices - devices // (lanes + 1) * lanes
-  if rollout is None and (devices - trainer) % lanes:
-    raise UserError(
-      f"config.mesh.rollout divides {devices - trainer} devices unevenly among "
-      f"{lanes} lanes, and plans know equal ones: change --devices or "
-      "config.mesh.trainer"
-    )
-  rollout = rollout and rollout * lanes
-  rollout = devices - trainer if rollout is None else rollout
-  trainer = devices - rollout if trainer is None else trainer
+  axes = lane_sizes(config.mesh.rollout, config.mesh.trainer, devices)
+  sizes = {name: math.prod(shape.values()) for name, shape in axes.items()}
+  trainer = sizes.pop("trainer")
+  rollouts = tuple(sizes.values())
+  rollout = sum(rollouts)
   if rollout + trainer > devices:
     raise UserError(
       f"config.mesh asks for {rollout} + {trainer} devices, but the plan is "
       f"for {devices}: raise --devices, or leave config.mesh at 'auto'"
     )
-  return dataclasses.replace(split, rollout=rollout, trainer=trainer)
-
-
-def _count(role: str, mesh: Any) -> int | None:
-  if mesh == "auto":
-    return None
-  if isinstance(mesh, Mapping):
-    return math.prod(mesh.values())
-  if str(mesh).isdigit():
-    return int(mesh)
-  raise UserError(
-    f"config.mesh.{role} takes a device count, axis sizes or 'auto'; got "
-    f"{mesh!r}"
+  return dataclasses.replace(
+    equal_split(work, devices),
+    rollout=rollout,
+    trainer=trainer,
+    rollout_lanes=len(rollouts),
+    uneven=rollouts if len(set(rollouts)) > 1 else (),
   )
 
 
@@ -171,16 +153,10 @@ def make_plan(
 
   Raises:
     UserError: the devices are fewer than the config asks for, nothing fits
-      on them, or a mesh has a sequence axis.
+      on them, or rollout lanes share a row in several ways.
   """
   table = basis.table
-  for role in ROLES:
-    mesh, _ = one_mesh(config, role)
-    if isinstance(mesh, Mapping) and mesh.get("sequence", 1) > 1:
-      raise UserError(
-        f"config.mesh.{role} has a sequence axis, whose memory and seconds "
-        "plans do not know: leave it out of the plan"
-      )
+  row_axes(config, "rollout")  # raises where lanes differ in them
   if not config.pipeline.tsp:  # rungs that have it fold all trained steps
     work = dataclasses.replace(work, pack=work.window)
   split = configured_split(config, work, devices)
@@ -205,6 +181,7 @@ def make_plan(
     rungs,
     rollout=split.rollout if basis.apart else 0,
     most_lanes=max(most_lanes, split.rollout_lanes),
+    also=(split,) if split.uneven else (),
   )
   return Plan(
     basis=basis,
@@ -216,7 +193,7 @@ def make_plan(
     else predict(table, work, own["configured"], techniques),
     rungs=ladder(table, work, own, fits) if fits else {},
     unfit=unfit,
-    best=ladder(table, work, splits, rungs),
+    best=ladder(table, work, splits, {n: rungs[n] for n in splits}),
     steps=config.steps,
     price=price,
   )
@@ -241,11 +218,12 @@ def _rungs(
 def _axes_too_small(config: Config, basis: Basis) -> str:
   """Why devices of the config's own axes hold no row; "" if they do."""
   for role in ROLES if basis.memory else ():
-    own, needed = devices_to_a_row(config, role), basis.table.role(role).shards
-    if own and own < needed:
+    axes, costs = row_axes(config, role), basis.table.role(role)
+    if axes and (own := row_devices(axes)) < costs.shards:
+      tensor = costs.shards // costs.sequence
       return (
-        f"does not fit: a row of config.mesh.{role} is shared by {own} devices "
-        f"(its tensor axis), and {needed} are needed: give it that axis"
+        f"does not fit: a row of config.mesh.{role} is shared by {own} devices, "
+        f"and {costs.shards} are needed: give it a tensor axis of {tensor}"
       )
   return ""
 
@@ -288,20 +266,26 @@ def plan_text(plan: Plan) -> str:
     "ladder, split and unit sizes of the config:\n"
     + "\n".join([*ladders, *left_out]),
     "ladder, each rung with the split that serves it best:\n"
-    + _text(plan.best),
+    + "\n".join([_text(plan.best), *_nowhere(plan)]),
     f"best: {plan.fastest}, {_describe(plan, best)}\n  "
     + as_flags(best.split, best.techniques, plan.basis.table),
   ]
   return "\n\n".join(parts)
 
 
+def _nowhere(plan: Plan) -> list[str]:
+  """Rungs that fit on no split."""
+  return [
+    f"{NAMES.get(name, name)}: does not fit, whatever the split"
+    for name in plan.unfit
+    if name != "configured" and name not in plan.best
+  ]
+
+
 def _memory(plan: Plan) -> list[str]:
   """What devices hold on the config's split, where that is known, GiB."""
   split, lines = plan.split, []
-  lanes = {
-    "rollout": split.rollout // split.rollout_lanes,
-    "trainer": split.trainer,
-  }
+  lanes = {"rollout": min(split.rollouts), "trainer": split.trainer}
   lanes["colocated"] = split.devices
   for role, held in plan.basis.memory.items():
     devices = max(lanes[role], held.shards)
@@ -350,7 +334,9 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
     lanes = f"{split.devices} devices for both roles"
   else:
     lanes = f"{split.rollout} devices generate, {split.trainer} train"
-    if split.rollout_lanes > 1:
+    if split.uneven:
+      lanes += f" (rollout lanes of {', '.join(map(str, split.uneven))})"
+    elif split.rollout_lanes > 1:
       lanes += f" ({split.rollout_lanes} rollout lanes)"
   busy = prediction.busy
   low, high = min(busy.values()), max(busy.values())
@@ -372,12 +358,11 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
 def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
   """Flags of `launch/train.py` that ask for a split and its techniques."""
   trainer = "colocated" if techniques.colocated else "trainer"
-  lanes = 1 if techniques.colocated else split.rollout_lanes
-  rollout = _mesh(split.rollout // lanes, "data", table.rollout.shards)
-  shards = table.role(trainer).shards
+  counts = [split.rollout] if techniques.colocated else split.rollouts
+  rollouts = [_mesh(count, "data", table.rollout) for count in counts]
   meshes = {
-    "rollout": f"[{','.join([rollout] * lanes)}]" if lanes > 1 else rollout,
-    "trainer": _mesh(split.trainer, "fsdp", shards),
+    "rollout": f"[{','.join(rollouts)}]" if len(rollouts) > 1 else rollouts[0],
+    "trainer": _mesh(split.trainer, "fsdp", table.role(trainer)),
   }
   mode = "colocated" if techniques.colocated else "disaggregated"
   values = {
@@ -395,11 +380,19 @@ def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
   return " ".join(f"--config.{name}={value}" for name, value in values.items())
 
 
-def _mesh(devices: int, axis: str, shards: int) -> str:
+def _mesh(devices: int, axis: str, costs: RoleCosts) -> str:
   """Of a lane, as a flag has it."""
-  if shards == 1:
+  if not devices:  # of one in all, which does everything
+    return "auto"
+  if costs.shards == 1:
     return str(devices)
-  return f"{{'{axis}':{devices // shards},'tensor':{shards}}}"
+  axes = {
+    axis: devices // costs.shards,
+    "sequence": costs.sequence,
+    "tensor": costs.shards // costs.sequence,
+  }
+  shown = (f"'{n}':{size}" for n, size in axes.items() if size > 1 or n == axis)
+  return f"{{{','.join(shown)}}}"
 
 
 def _quoted(flag: str) -> str:
@@ -467,10 +460,7 @@ def plan_page(plan: Plan) -> str:
     f"<pre>{escape(as_flags(best.split, best.techniques, table))}</pre>"
   )
   lines = "".join(f"<li>{escape(line)}</li>" for line in plan.assumed)
-  left_out = "".join(
-    f'<p class="note">{escape(f"{name}: {reason}")}</p>'
-    for name, reason in plan.unfit.items()
-  )
+  left_out = _notes(f"{n}: {reason}" for n, reason in plan.unfit.items())
   own = ""
   if plan.rungs:
     own = ladder_chart(*_ladder(plan.rungs)) + panels(plan.rungs)
@@ -479,10 +469,17 @@ def plan_page(plan: Plan) -> str:
     ("As configured", own + left_out),
     (
       "Each rung with the split that serves it best",
-      ladder_chart(*_ladder(plan.best)) + said + panels(plan.best),
+      ladder_chart(*_ladder(plan.best))
+      + _notes(_nowhere(plan))
+      + said
+      + panels(plan.best),
     ),
     ("What it takes", f"<pre>{escape(facts)}</pre>") if facts else (),
     ("What the costs rest on", f'<ul class="facts">{lines}</ul>'),
   )
   shown = "".join(section(*part) for part in parts if part)
   return page(title, header + shown)
+
+
+def _notes(lines: Iterable[str]) -> str:
+  return "".join(f'<p class="note">{escape(line)}</p>' for line in lines)

@@ -54,13 +54,14 @@ class Sampler:
     conditioning: Conditioning,
     negative: Conditioning | None,
     seed: int,
+    part: range | None = None,
   ) -> np.ndarray:
     """Samples one image per row of the conditioning; arguments as `batches`.
 
     Returns:
       [N, H, W, 3] uint8, or [N, F, H, W, 3] videos.
     """
-    batches = self.batches(trainable, conditioning, negative, seed)
+    batches = self.batches(trainable, conditioning, negative, seed, part=part)
     return np.concatenate(list(batches))
 
   def batches(
@@ -70,6 +71,7 @@ class Sampler:
     negative: Conditioning | None,
     seed: int,
     rows: np.ndarray | None = None,
+    part: range | None = None,
   ) -> Iterator[np.ndarray]:
     """Samples in batches: the host need not hold more than one.
 
@@ -80,21 +82,22 @@ class Sampler:
       seed: of the noise, which with its number fixes that of a sample.
       rows: [N] which row of the conditioning each sample has; by default
         0 ... P-1.
+      part: which of the N samples; all by default.
 
     Yields:
-      Samples 0 ... N-1 in order, n at a time: [n, H, W, 3] uint8, or
+      Samples 0 ... N-1, or those of `part`, in order, n at a time: [n, H, W, 3] uint8, or
       [n, F, H, W, 3] videos.
     """
     conditioning, negative = match_text(conditioning, negative)
     rows = np.arange(len(conditioning.text)) if rows is None else rows
-    count = len(rows)
+    part = range(len(rows)) if part is None else part
     spread, whole = batch_sharding(self._mesh), replicated(self._mesh)
     fixed = jax.device_put((negative, np.uint32(seed)), whole)
-    size = padded_size(min(self._batch_size, count), self._mesh)
-    for first in range(0, count, size):
+    size = padded_size(min(self._batch_size, len(part)), self._mesh)
+    for first in range(part.start, part.stop, size):
       # The last batch repeats its last sample: one shape, one compilation.
-      number = np.minimum(np.arange(first, first + size), count - 1)
+      number = np.minimum(np.arange(first, first + size), part.stop - 1)
       batch = jax.tree.map(lambda x: x[rows[number]], conditioning)  # noqa: B023
       batch, number = jax.device_put((batch, number.astype(np.uint32)), spread)
       args = (trainable, self._frozen, self._decoder, batch, *fixed, number)
-      yield np.asarray(self._sample(*args))[: count - first]
+      yield np.asarray(self._sample(*args))[: part.stop - first]

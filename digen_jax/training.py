@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
+import operator
 import time
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,13 @@ from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost
 from digen_jax.evaluation import Evaluated, evaluate, select, setting
-from digen_jax.lanes import Team, check_lanes, lane_axes, make_team
+from digen_jax.lanes import (
+  Team,
+  check_lanes,
+  divide,
+  lane_axes,
+  make_team,
+)
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
@@ -123,7 +130,6 @@ class Run:
       self._choose_split(assembly, devices)
     self.lanes, links = self.team.lanes, self.team.links
     self.hardware = {name: link.hardware for name, link in links.items()}
-    self.rollout = links[self.team.rollouts[0]]
     self.trainer = links[self.team.trainer]
     self.work = self._fitting()
     self.program = program(self.team, self.work)
@@ -233,9 +239,19 @@ class Run:
   def _evaluate(self) -> Evaluated:
     params = self.trainer.call("averaged")
 
+    sizes = {n: self.hardware[n].size for n in self.team.rollouts}
+    if (
+      self.config.pipeline.lanes == "local"
+    ):  # one after the other gains nothing
+      sizes = dict([max(sizes.items(), key=operator.itemgetter(1))])
+
     def sample(conditioning: Any, negative: Any, seed: int) -> np.ndarray:
-      call = self.rollout.call
-      return call("sample", params, conditioning, negative, seed).result()
+      common = params, conditioning, negative, seed
+      pending = [
+        self.team.links[lane].call("sample", *common, part)
+        for lane, part in divide(len(conditioning.text), sizes).items()
+      ]
+      return np.concatenate([images.result() for images in pending])
 
     result = evaluate(
       sample,

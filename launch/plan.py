@@ -57,7 +57,7 @@ def main() -> None:
 
   _check_flags()
   config = _CONFIG.get()
-  plan_basis.one_mesh(config, "rollout")  # told before anything is measured
+  plan_basis.row_axes(config, "rollout")  # told before anything is measured
   if _DEVICE.value:
     kinds = [_device(name) for name in (_DEVICE.value, _TRAINER.value) if name]
     devices = _DEVICES.value or config.devices
@@ -141,6 +141,7 @@ def _measured(config):  # noqa: ANN001, ANN202
       measured,
       {name: lane.size for name, lane in hardware.items()},
       shards={n: row_devices(lane.shape) for n, lane in hardware.items()},
+      sequence={n: lane.shape["sequence"] for n, lane in hardware.items()},
       roles={name: plan_basis.role_of(name) for name in hardware},
       source="measured here",
     ),

@@ -52,8 +52,9 @@ def first_step(config, workdir):
   job.warm_up()
   row, _ = job.train_one_step()
   params = to_host(trainer.state["trainable"])
+  generator = job.team.links[job.team.rollouts[0]].island
   jax.tree.map(
-    np.testing.assert_array_equal, params, to_host(job.rollout.island.published)
+    np.testing.assert_array_equal, params, to_host(generator.published)
   )
   job.close()
   return gradients, params, row
@@ -126,7 +127,7 @@ def test_in_bfloat16_lanes_are_sent_what_layers_read(prompts_file, tmp_path):
   config = config_of(prompts_file, rat=True)
   config.dtype.compute = "bfloat16"
   job = training.Run(from_config_dict(config), tmp_path / "run")
-  trainer, rollout = job.trainer.island, job.rollout.island
+  trainer, rollout = (job.team.links[n].island for n in ("trainer", "rollout"))
   pack = job.program.first_pack("trainer")
   # What is trained moves away from what bfloat16 can hold.
   trained = jax.tree.map(lambda x: x * 1.001, trainer.state["trainable"])

@@ -12,6 +12,7 @@ import pytest
 from digen_jax import cluster, serving, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
+from digen_jax.evaluation import NOISE_SEED
 from digen_jax.links import Hardware
 from digen_jax.pipeline.execute import UnitError
 from tests.small_run import distance, small_config
@@ -208,13 +209,18 @@ def test_a_rollout_actor_that_dies_is_started_again(
       assert run.executor.restarts == config.pipeline.restarts - 1
       pid = run.team.links[first].apply(lambda _: os.getpid()).result()
       os.kill(pid, signal.SIGKILL)
-    rewards = run.evaluate().rewards
+    evaluated = run.evaluate()
+    if not killed:  # every lane took its part, with the noise of the whole
+      args = run.trainer.call("averaged"), run.held_out_conditioning, None
+      call = run.team.links[first].call
+      whole = call("sample", *args, NOISE_SEED).result()
+      assert abs(whole.astype(int) - evaluated.images).max() <= 1
     run.train_one_step()
     params = jax.device_get(run.trainer.call("averaged").result())
     if killed:
       assert run.executor.restarts == config.pipeline.restarts - 2
     run.close()
-    found[killed] = params, rewards
+    found[killed] = params, evaluated.rewards
   assert (tmp_path / "taken").exists()
   assert distance(found[False][0], found[True][0]) < 1e-6
   np.testing.assert_array_equal(found[False][1], found[True][1])

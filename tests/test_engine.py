@@ -24,7 +24,7 @@ def run(config, workdir, steps):
   """(gradient of every update, final parameters, metrics, spans)."""
   job = training.Run(from_config_dict(config), workdir)
   gradients, rows, spans = [], [], []
-  trainer, rollout = job.trainer.island, job.rollout.island
+  trainer, rollout = (job.team.links[n].island for n in ("trainer", "rollout"))
   update = trainer.update
 
   def recorded(*args):

@@ -88,6 +88,33 @@ def test_executes_what_the_simulator_predicts(monkeypatch):
   }
 
 
+@pytest.mark.parametrize(
+  ("late", "slow", "end"), [(5, [0], 20), (50, [0, 15], 60)]
+)
+def test_a_slow_lane_leaves_the_last_unit_to_a_faster_one(
+  late, slow, end, monkeypatch
+):
+  """As in simulated time; but not if that is late itself."""
+  clock, lanes = Clock(), (Lane("slow", LANES[0].kinds), *LANES)
+
+  def tick(_):
+    clock.now += 1
+
+  def begin(lane, unit):
+    seconds = COST[unit.kind] * (3 if lane == "slow" else 1)
+    if lane == "rollout" and unit.start == 6:
+      seconds = late
+    return Job(clock, clock.now + seconds)
+
+  monkeypatch.setattr("time.sleep", tick)
+  executor = Executor(lanes, dict.fromkeys(Kind, begin), Costs(), clock=clock)
+  spans, _ = executor.run(start_step(WORK, 0))
+  generated = [s for s in spans if s.name == Kind.GENERATE]
+  # At 15 one of five is left, for which the slow lane needs till 30.
+  assert [s.start for s in generated if s.lane == "slow"] == slow
+  assert max(s.end for s in generated) == end
+
+
 def test_time_is_accounted_for(monkeypatch):
   spans, *_ = run(monkeypatch)
   end = max(s.end for s in spans)

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from digen_jax.errors import UserError
-from digen_jax.lanes import check_lanes
+from digen_jax.lanes import check_lanes, divide
 from digen_jax.parallel import rules
 from digen_jax.parallel.mesh import (
   batch_shards,
@@ -45,6 +45,14 @@ def test_disaggregated_meshes_are_disjoint(rollout, trainer, counts):
   assert rollouts == (names if len(rollouts) > 1 else ["rollout"])
   ids = [d.id for m in meshes.values() for d in m.devices.flat]
   assert len(ids) == len(set(ids))
+
+
+def test_samples_are_divided_by_devices():
+  assert divide(9, {"a": 2, "b": 4}) == {"a": range(3), "b": range(3, 9)}
+  assert divide(1, {"a": 1, "b": 3}) == {"b": range(1)}
+  for count in range(20):
+    parts = divide(count, {"a": 3, "b": 1, "c": 4})
+    assert [i for part in parts.values() for i in part] == list(range(count))
 
 
 def test_colocated_mesh_has_the_devices_of_both():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import subprocess
 import sys
@@ -15,6 +16,7 @@ from digen_jax.config import Dtype, from_config_dict
 from digen_jax.device_costs import DEVICES, ledger_table, memories
 from digen_jax.errors import UserError
 from digen_jax.models import costs as model_costs
+from digen_jax.parallel.mesh import lane_sizes
 from digen_jax.pipeline.cost_table import (
   CostTable,
   Rate,
@@ -139,6 +141,12 @@ def test_memory_counts_copies_as_lanes_hold_them():
   assert [m.state / size for m in found.values()] == [2, 14, 14]
   assert [m.reference / size for m in found.values()] == [1, 0, 0]
   assert found["rollout"].rows < plain["rollout"].rows
+  more = dataclasses.replace(job, held=3, borrows=True)
+  found = memories(more, H100, H100, 16)
+  assert [m.state / size for m in found.values()] == [8, 17, 17]
+  assert found["rollout"].weights == 2 * size
+  assert found["trainer"].weights == layers
+  more = dataclasses.replace(job, average=True, reference=True)
   lora = dataclasses.replace(more, lora_rank=8)
   found = memories(lora, H100, H100, 16)["trainer"]
   assert found.state == pytest.approx(14 * 2 * lora.trained + size)
@@ -148,7 +156,7 @@ def test_memory_counts_copies_as_lanes_hold_them():
 def test_a_residual_stream_is_whole_on_every_device_of_a_row():
   job = plan_basis.job_of(small_config(), "sd3.5-medium")
   one = memories(job, H100, H100, 16)["rollout"]
-  four = memories(job, H100, H100, 16, {"rollout": 4})["rollout"]
+  four = memories(job, H100, H100, 16, {"rollout": {"tensor": 4}})["rollout"]
   stream = job.passes * model_costs.saved_bytes(job.denoiser, remat="block")
   assert four.shards == 4 and four.weights == one.weights / 4
   assert four.row - stream == pytest.approx((one.row - stream) / 4)
@@ -233,11 +241,45 @@ def test_a_config_that_does_not_fit_is_told_and_not_timed():
   assert plan.rungs["tsp"].split.pack == 2
 
 
-def test_a_plan_knows_no_sequence_axis():
-  config = small_config()
-  mesh = dataclasses.replace(config.mesh, rollout={"data": 4, "sequence": 2})
-  with pytest.raises(UserError, match=r"mesh\.rollout has a sequence axis"):
-    ledger_plan(dataclasses.replace(config, mesh=mesh))
+def test_devices_that_divide_tokens_hold_more_rows():
+  """A sequence axis divides activations and work, and no weights."""
+  config, found = small_config(), {}
+  for name, axes in (
+    ("whole", {}),
+    ("tokens", {"sequence": 2}),
+    ("heads", {"tensor": 2}),
+    ("both", {"sequence": 2, "tensor": 2}),
+  ):
+    rollout = {"data": 8 // math.prod(axes.values()), **axes}
+    trainer = {"fsdp": rollout["data"], **axes}
+    mesh = dataclasses.replace(config.mesh, rollout=rollout, trainer=trainer)
+    plan = ledger_plan(dataclasses.replace(config, mesh=mesh))
+    found[name] = plan.basis.memory["rollout"]
+    assert not plan.unfit and plan.split.rollout == 8
+    flags = planning.as_flags(plan.split, RUNGS["tcss"], plan.basis.table)
+    asked = re.findall(r'mesh\.(\w+)="(\{.*?\})"', flags)
+    if axes:
+      sent = from_config_dict({"mesh": dict(asked)}).mesh
+      assert (sent.rollout, sent.trainer) == (rollout, trainer)
+    else:
+      assert not asked and "--config.mesh.rollout=8" in flags
+  assert found["tokens"].weights == found["whole"].weights
+  # All keys and values are on every device.
+  assert 0.5 < found["tokens"].row / found["whole"].row < 0.7
+  assert found["heads"].weights == found["whole"].weights / 2
+  assert found["both"].weights == found["heads"].weights
+  assert 0.5 < found["both"].row / found["heads"].row < 0.7
+  assert found["both"].shards == 4 and found["both"].sequence == 2
+
+
+def test_a_table_whose_sequence_axis_is_no_part_of_a_row_is_refused(tmp_path):
+  path = tmp_path / "costs.json"
+  write_table(path, CostTable(dataclasses.replace(ROLE, shards=4), ROLE))
+  assert read_table(path).rollout.sequence == 1
+  wrong = dataclasses.replace(ROLE, shards=4, sequence=3)
+  write_table(path, CostTable(wrong, ROLE))
+  with pytest.raises(UserError, match=r"rollout\.sequence, 3, must divide"):
+    read_table(path)
 
 
 def test_a_mesh_that_holds_no_row_is_told():
@@ -381,12 +423,10 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
   config = from_config_dict({"mesh": {"rollout": 6, "trainer": {"fsdp": 4}}})
   with pytest.raises(UserError, match=r"6 \+ 4 devices"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)
-  config = from_config_dict({"mesh": {"rollout": [1, 2], "trainer": 3}})
-  with pytest.raises(UserError, match=r"mesh\.rollout=\[1, 2\] has lanes that"):
-    planning.make_plan(config, WORK, Basis(TABLE), 8)
-  config = from_config_dict({"mesh": {"rollout": ["auto"] * 2, "trainer": 3}})
-  with pytest.raises(UserError, match="5 devices unevenly among 2 lanes"):
-    planning.make_plan(config, WORK, Basis(TABLE), 8)
+  lanes = [{"data": 1, "tensor": 2}, {"data": 2}]
+  config = from_config_dict({"mesh": {"rollout": lanes, "trainer": 3}})
+  with pytest.raises(UserError, match="lanes that share a row in different"):
+    plan_basis.row_axes(config, "rollout")
   config = from_config_dict({"mesh": {"rollout": "six"}})
   with pytest.raises(UserError, match=r"mesh\.rollout takes a device count"):
     planning.make_plan(config, WORK, Basis(TABLE), 8)
@@ -403,6 +443,9 @@ def test_plans_for_one_device_and_for_too_many(tmp_path):
     ([{"data": 2}] * 3, "auto", (6, 2)),
     (["auto"] * 2, 4, (4, 4)),
     (["auto"] * 2, "auto", (4, 4)),
+    ([1, 2], 5, (3, 5)),
+    (["auto"] * 2, 3, (5, 3)),
+    ([{"data": 4}, "auto"], 1, (7, 1)),
   ],
 )
 def test_several_rollout_lanes_are_planned(rollout, trainer, split):
@@ -410,6 +453,9 @@ def test_several_rollout_lanes_are_planned(rollout, trainer, split):
   config = from_config_dict({"mesh": mesh})
   plan = planning.make_plan(config, WORK, Basis(TABLE), 8)
   assert (plan.split.rollout, plan.split.trainer) == split
+  axes = lane_sizes(config.mesh.rollout, config.mesh.trainer, 8)
+  *sizes, _ = [math.prod(shape.values()) for shape in axes.values()]
+  assert plan.split.rollouts == tuple(sizes)
   lanes = [f"rollout{i}" for i in range(len(rollout))]
   assert list(plan.configured.lanes) == [*lanes, "trainer"]
   flags = planning.as_flags(plan.split, RUNGS["tcss"], TABLE)

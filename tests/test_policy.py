@@ -75,6 +75,12 @@ def test_samples_come_in_batches_and_may_share_a_prompt():
   whole = sampler(PARAMS, Conditioning(text=text[rows]), None, 3)
   np.testing.assert_array_equal(np.concatenate(batches), whole)
   assert len(np.unique(whole.reshape(5, -1), axis=0)) == 5  # by number
+  # Lanes that divide them make the same.
+  parts = [
+    sampler.batches(*args, rows=rows, part=p) for p in (range(2), range(2, 5))
+  ]
+  divided = np.concatenate([batch for part in parts for batch in part])
+  np.testing.assert_array_equal(divided, whole)
 
 
 def test_the_form_of_the_kl_is_that_of_the_recipe():

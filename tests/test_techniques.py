@@ -3,6 +3,7 @@
 import itertools
 import math
 import random
+from unittest import mock
 
 import pytest
 from hypothesis import example, given, settings
@@ -112,6 +113,58 @@ def test_a_lane_counts_on_what_another_has_committed_to():
   shared = end(run(work, two, cost, assist=Search(two, cost)))
   assert shared < 2 * 4.0 + 1.0
   assert end(run(work, three, cost, assist=Search(three, cost))) == shared
+
+
+def test_a_slow_lane_leaves_the_last_unit_to_a_faster_one():
+  seconds = {"slow": 3.0, "rollout": 1.0}
+  team = (Lane("slow", frozenset({Kind.GENERATE})), *lanes())
+
+  def cost(lane, unit):
+    return seconds[lane] if unit.kind == Kind.GENERATE else 0.0
+
+  work = Workload(groups=5, group_size=4, window=1, gap=True)
+  spans = run(work, team, cost)
+  generated = [s for s in spans if s.name == Kind.GENERATE]
+  # Both are free at 3.0, and one is left: at 6.0 the slow one would be through.
+  assert [s.start for s in generated if s.lane == "slow"] == [0.0]
+  assert end(generated) == 4.0
+
+
+def test_who_leaves_a_unit_goes_on_with_the_next_step():
+  seconds = {"slow": 3.0, "rollout": 1.0}
+  team = (Lane("slow", frozenset({Kind.GENERATE})), *lanes())
+
+  def cost(lane, unit):
+    return seconds.get(lane, 0.5) if unit.kind == Kind.GENERATE else 0.5
+
+  work = Workload(groups=2, group_size=4, window=1, gap=True, stale=2)
+  spans = run(work, team, cost, steps=2)
+  generated = {
+    (s.lane, s.args["step"], s.start) for s in spans if s.name == Kind.GENERATE
+  }
+  # Both units of the first step will be done before the slow lane has done one.
+  assert ("slow", 1, 0.0) in generated
+  assert {lane for lane, step, _ in generated if step == 0} == {"rollout"}
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+  groups=st.integers(1, 12),
+  seconds=st.lists(st.floats(0.1, 10.0), min_size=2, max_size=4),
+)
+def test_leaving_units_to_faster_lanes_is_never_slower(groups, seconds):
+  generate = frozenset({Kind.GENERATE})
+  team = [Lane(str(i), generate) for i in range(len(seconds))]
+  _, *others = lanes()
+  work = Workload(groups=groups, group_size=1, window=1, gap=True)
+
+  def cost(lane, unit):
+    return seconds[int(lane)] if unit.kind == Kind.GENERATE else 0.0
+
+  left = end(run(work, (*team, *others), cost))
+  with mock.patch("digen_jax.pipeline.simulate.leaves", lambda *_: False):
+    greedy = end(run(work, (*team, *others), cost))
+  assert left <= greedy * (1 + 1e-9)
 
 
 def test_rewards_under_way_do_not_hide_a_bubble():

@@ -119,7 +119,8 @@ def simulate_setup(
     fits = {n: fitting_start(table, work, halves, t) for n, t in RUNGS.items()}
     return ladder(table, work, fits)
   rollout = COUNT // 2 if kinds[0] != kinds[1] else 0
-  return ladder(table, work, best_splits(table, work, COUNT, rollout=rollout))
+  splits = best_splits(table, work, COUNT, rollout=rollout)
+  return ladder(table, work, splits, {name: RUNGS[name] for name in splits})
 
 
 def _job(family: str, num_steps: int) -> Job:

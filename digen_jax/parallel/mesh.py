@@ -150,7 +150,16 @@ def mesh_axes(
   Raises:
     UserError: as there.
   """
-  sizes = _axis_sizes(mode, rollout, trainer, available)
+  sizes = lane_sizes(rollout, trainer, available)
+  for name, axes in sizes.items():
+    if mode == "disaggregated" and not math.prod(axes.values()):
+      raise UserError(
+        f"'auto' for the {name} mesh of config.mesh is left without a device: "
+        f"{available} there, and disaggregated mode needs at least one for "
+        "each role; use config.pipeline.mode='colocated' or raise config.devices"
+      )
+  if mode == "colocated":
+    sizes = _together(sizes)
   needed = sum(math.prod(axes.values()) for axes in sizes.values())
   if needed > available:
     asked = " + ".join(
@@ -164,9 +173,19 @@ def mesh_axes(
   return sizes
 
 
-def _axis_sizes(
-  mode: str, rollout: Any, trainer: Any, available: int
+def lane_sizes(
+  rollout: Any, trainer: Any, available: int
 ) -> dict[str, dict[str, int]]:
+  """Axis sizes of each role's lanes: what "auto" comes to, if only 0.
+
+  Args:
+    rollout: as for `make_meshes`, and so are the others.
+    trainer: likewise.
+    available: number of devices, of which more may be asked for.
+
+  Raises:
+    UserError: sizes that are not positive integers.
+  """
   several = isinstance(rollout, list | tuple) and len(rollout) > 0
   rollouts = rollout if several else [rollout]
   sizes = {
@@ -181,16 +200,16 @@ def _axis_sizes(
     share = (available - used) // (len(auto) - i)
     if name != "trainer" and auto[-1] == "trainer":  # equal lanes, and the rest
       share = rest // len(auto)
-    if share < 1 and mode == "disaggregated":
-      raise UserError(
-        f"'auto' for the {name} mesh of config.mesh is left without a device: "
-        f"{available} there, and disaggregated mode needs at least one for each role; use "
-        "config.pipeline.mode='colocated' or raise config.devices"
-      )
+    share = max(share, 0)
     sizes[name] = {("fsdp" if name == "trainer" else "data"): share}
     used += share
-  if mode == "disaggregated":
-    return sizes
+  return sizes
+
+
+def _together(
+  sizes: Mapping[str, Mapping[str, int]],
+) -> dict[str, dict[str, int]]:
+  """One mesh over the devices of all, with the row axes of the trainer."""
   total = sum(math.prod(axes.values()) for axes in sizes.values())
   shared = {name: sizes["trainer"].get(name, 1) for name in ROW_AXES}
   if total % row_devices(shared):

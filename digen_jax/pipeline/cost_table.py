@@ -56,6 +56,8 @@ class RoleCosts:
     publish: moving the weights to all others.
     switch: before a block of units that are not the lane's own work.
     shards: devices that work on a row together.
+    sequence: of them, among how many its tokens are divided; the others divide
+      heads and weights.
     max_rows: of a Train unit on `shards` devices, the state of training aside;
       more do not fit into memory. 0 means that nothing is known against any
       number.
@@ -70,6 +72,7 @@ class RoleCosts:
   publish: Rate = Rate()
   switch: Rate = Rate()
   shards: int = 1
+  sequence: int = 1
   max_rows: float = 0.0
   state_rows: float = 0.0
 
@@ -174,6 +177,7 @@ def table_from_spans(
   devices: Mapping[str, int],
   *,
   shards: Mapping[str, int] | None = None,
+  sequence: Mapping[str, int] | None = None,
   source: str = "",
 ) -> CostTable:
   """The table of a run from its timeline; see `table_from_measured`.
@@ -191,7 +195,9 @@ def table_from_spans(
       dataclasses.replace(m, size=full) if m.kind == kind else m
       for m in measured
     ]
-  return table_from_measured(measured, devices, shards=shards, source=source)
+  return table_from_measured(
+    measured, devices, shards=shards, sequence=sequence, source=source
+  )
 
 
 def table_from_measured(
@@ -199,6 +205,7 @@ def table_from_measured(
   devices: Mapping[str, int],
   *,
   shards: Mapping[str, int] | None = None,
+  sequence: Mapping[str, int] | None = None,
   roles: Mapping[str, str] | None = None,
   source: str = "",
 ) -> CostTable:
@@ -214,6 +221,7 @@ def table_from_measured(
       left out; a few do no harm, as medians count.
     devices: how many each lane has. Lanes without an entry are host threads.
     shards: devices that work on a row together, by lane; 1 by default.
+    sequence: of them, those among which its tokens are divided; likewise.
     roles: of the lanes that have devices. By default the lane that updates is
       the trainer, or colocated where no other one generates, and all others
       are rollout lanes.
@@ -222,14 +230,14 @@ def table_from_measured(
   Raises:
     UserError: nothing was generated, or nothing trained.
   """
-  shards = shards or {}
+  shards, sequence = shards or {}, sequence or {}
   points: dict[tuple[str, Kind], dict[float, list[float]]] = {}
   found = list(measured)
   roles = roles or _roles(found, devices)
-  degrees: dict[str, int] = {}
+  degrees: dict[str, tuple[int, int]] = {}
   for unit in found:
     role, degree = roles.get(unit.lane, "host"), shards.get(unit.lane, 1)
-    degrees[role] = degree
+    degrees[role] = degree, sequence.get(unit.lane, 1)
     if unit.kind in WHOLE:
       x = 0.0
     elif role == "host":
@@ -249,7 +257,7 @@ def table_from_measured(
     for key, sizes in points.items()
   }
   own = {
-    role: _role_costs(role, rates, degrees.get(role, 1))
+    role: _role_costs(role, rates, *degrees.get(role, (1, 1)))
     for role in ("rollout", "trainer", "colocated")
   }
   both = own["colocated"] if "colocated" in degrees else None
@@ -283,7 +291,10 @@ def _roles(
 
 
 def _role_costs(
-  role: str, rates: Mapping[tuple[str, Kind], Rate], shards: int
+  role: str,
+  rates: Mapping[tuple[str, Kind], Rate],
+  shards: int,
+  sequence: int,
 ) -> RoleCosts:
   """The rates of a role; those that it lacks are another's."""
   found = {}
@@ -292,7 +303,7 @@ def _role_costs(
     rate = rates.get((role, kind), others[0] if others else None)
     if rate is not None:
       found[kind.value] = rate
-  return RoleCosts(**found, shards=shards)
+  return RoleCosts(**found, shards=shards, sequence=sequence)
 
 
 def _fit(points: Mapping[float, float]) -> Rate:
@@ -368,7 +379,7 @@ def table_from_dict(values: Any, where: str = "cost table") -> CostTable:
 def _role_from_dict(values: Any, where: str) -> RoleCosts:
   fields = _fields(values, RoleCosts, where)
   for name, value in fields.items():
-    if name == "shards":
+    if name in ("shards", "sequence"):
       if type(value) is not int or value < 1:
         raise UserError(
           f"{where}.{name} must be a positive integer; got {value!r}"
@@ -385,6 +396,12 @@ def _role_from_dict(values: Any, where: str) -> RoleCosts:
       raise UserError(
         f'{where}.{name} costs nothing: give it seconds, {{"fixed": s, "row": s}}'
       )
+  shards, sequence = fields.get("shards", 1), fields.get("sequence", 1)
+  if shards % sequence:
+    raise UserError(
+      f"{where}.sequence, {sequence}, must divide shards, {shards}: it is a "
+      "part of the devices that work on a row together"
+    )
   return RoleCosts(**fields)
 
 

@@ -29,7 +29,7 @@ from digen_jax.pipeline.scheduler import (
   on_start,
   switch_to,
 )
-from digen_jax.pipeline.simulate import Assist, Left, always, unit_span
+from digen_jax.pipeline.simulate import Assist, Left, always, leaves, unit_span
 from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.timeline import Span
 
@@ -264,11 +264,23 @@ class Executor:
     """What a lane should do now; nothing while it is started anew."""
     if lane.name in self._away:
       return None
-    return next_unit(state, lane, self._worth)
+    return next_unit(state, lane, self._worth, self._leaves)
 
   def _worth(self, state: State, lane: Lane, unit: Unit) -> bool:
-    # A search would count on the lane that is missing.
-    return bool(self._away) or self._assist(state, lane, unit, self.left())
+    if self._away:  # a search would count on the lane that is missing
+      return not self._leaves(state, lane, unit)
+    return self._assist(state, lane, unit, self.left())
+
+  def _leaves(self, state: State, lane: Lane, unit: Unit) -> bool:
+    left = self.left()
+    # Nobody knows when a lane will be free whose unit takes longer than it should.
+    late = {
+      item.lane.name
+      for item in self._running
+      if not item.timed or not left[item.lane.name, item.scheduled]
+    }
+    there = [i for i in self._lanes if i.name not in late | set(self._away)]
+    return leaves(state, lane, unit, there, self._costs, left)
 
   def _welcome(self, state: State) -> State:
     """Lanes that were started anew are there, or have failed to start."""

@@ -71,6 +71,7 @@ class Split:
     train_size: samples per Train unit.
     pack: denoising steps per Train unit, under TSP.
     rollout_lanes: lanes that the rollout devices are divided among.
+    uneven: devices of each rollout lane, where they differ.
   """
 
   rollout: int
@@ -79,11 +80,18 @@ class Split:
   train_size: int
   pack: int
   rollout_lanes: int = 1
+  uneven: tuple[int, ...] = ()
 
   @property
   def devices(self) -> int:
     """All of them."""
     return self.rollout + self.trainer
+
+  @property
+  def rollouts(self) -> tuple[int, ...]:
+    """Devices of each rollout lane."""
+    share = self.rollout // self.rollout_lanes
+    return self.uneven or (share,) * self.rollout_lanes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,16 +121,15 @@ class Prediction:
     return {n: a.busy / self.step_seconds for n, a in self.lanes.items()}
 
 
-def equal_split(work: Workload, devices: int, rollout_lanes: int = 1) -> Split:
+def equal_split(work: Workload, devices: int) -> Split:
   """Half of the devices for each role, units as `work` cuts them."""
-  share = max(devices // 2 // rollout_lanes, 1) * rollout_lanes
+  share = max(devices // 2, 1)
   return Split(
     rollout=share,
     trainer=devices - share,
     generate_size=work.generate_size or work.group_size,
     train_size=work.train_size or work.group_size,
     pack=work.pack,
-    rollout_lanes=rollout_lanes,
   )
 
 
@@ -136,13 +143,15 @@ def make_lanes(
     return (lane, host), {lane.name: Place("colocated", split.devices)}
   trains = frozenset({Kind.TRAIN} if techniques.rat else ())
   generates = frozenset({Kind.GENERATE} if techniques.tag else ())
-  count = split.rollout_lanes
-  names = [f"rollout{i}" for i in range(count)] if count > 1 else ["rollout"]
+  several = len(split.rollouts) > 1
+  places = {
+    f"rollout{i if several else ''}": Place("rollout", count)
+    for i, count in enumerate(split.rollouts)
+  }
   rollouts = [
-    Lane(n, frozenset({Kind.GENERATE}), assists=trains) for n in names
+    Lane(n, frozenset({Kind.GENERATE}), assists=trains) for n in places
   ]
   trainer = Lane("trainer", TRAINS, assists=generates)
-  places = dict.fromkeys(names, Place("rollout", split.rollout // count))
   places["trainer"] = Place("trainer", split.trainer)
   return (*rollouts, trainer, host), places
 
@@ -236,6 +245,11 @@ def ladder(
 
 # What can be
 
+NO_ROW = (
+  "not even one sample and one denoising step fits into the memory of the {} "
+  "lane: give it more devices, or more of them to a row (shards)"
+)
+
 
 def why_not(
   table: CostTable, work: Workload, split: Split, techniques: Techniques
@@ -246,13 +260,16 @@ def why_not(
   lane are no multiple of what works on a row together, or a Train unit does
   not fit into the memory of a lane that may train.
   """
-  if not techniques.colocated and split.rollout % split.rollout_lanes:
+  alike = not techniques.colocated and not split.uneven
+  if alike and split.rollout % split.rollout_lanes:
     return (
       f"{split.rollout} rollout devices cannot be divided among "
       f"{split.rollout_lanes} lanes: take a divisor"
     )
-  for role, count in _lane_sizes(split, techniques).items():
-    shards = table.role(role).shards
+  for role, count in _lane_sizes(split, techniques):
+    shards, most = table.role(role).shards, table.role(role).max_rows
+    if 0 < most < 1 and (role != "rollout" or techniques.rat):
+      return NO_ROW.format(role)
     if count < 1:
       return (
         f"no device is left for the {role} lane: give more devices, or use "
@@ -266,10 +283,7 @@ def why_not(
   rows = full_sizes(cut(work, split, techniques))[Kind.TRAIN]
   name, room = _least_room(table, split, techniques)
   if room < 1:
-    return (
-      "not even one sample and one denoising step fits into the memory of the "
-      f"{name} lane: give it more devices, or more of them to a row (shards)"
-    )
+    return NO_ROW.format(name)
   if rows > room:
     return (
       f"does not fit: a Train unit has {rows:,} rows (samples x denoising "
@@ -292,12 +306,12 @@ def fitting(
   return None if why_not(table, work, split, techniques) else split
 
 
-def _lane_sizes(split: Split, techniques: Techniques) -> dict[str, int]:
-  """Devices of a lane, by role."""
+def _lane_sizes(split: Split, techniques: Techniques) -> list[tuple[str, int]]:
+  """Role and devices of every lane, of those that are alike one."""
   if techniques.colocated:
-    return {"colocated": split.devices}
-  rollout = split.rollout // split.rollout_lanes
-  return {"rollout": rollout, "trainer": split.trainer}
+    return [("colocated", split.devices)]
+  rollouts = [("rollout", count) for count in dict.fromkeys(split.rollouts)]
+  return [*rollouts, ("trainer", split.trainer)]
 
 
 def _least_room(
@@ -307,12 +321,12 @@ def _least_room(
 
   A Train unit may run on any lane that trains.
   """
-  rooms = {
-    role: table.role(role).room(count)
-    for role, count in _lane_sizes(split, techniques).items()
+  rooms = [
+    (role, table.role(role).room(count))
+    for role, count in _lane_sizes(split, techniques)
     if role != "rollout" or techniques.rat
-  }
-  return min(rooms.items(), key=lambda item: item[1])
+  ]
+  return min(rooms, key=lambda item: item[1])
 
 
 def _assists(

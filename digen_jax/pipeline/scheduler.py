@@ -13,6 +13,7 @@ Which technique does what:
   GAP          `Workload.gap`: they wait for the rewards of their own group.
   TSP          `Workload.pack`: a Train unit folds several denoising steps.
   TAG, RAT     `Lane.assists`: what a lane does when its own work has run out.
+               (Or is left to faster lanes: `leave` of `next_unit`.)
   BTS          `assist` of `next_unit`: whether it should (`search.py`).
   TCSS         `Workload.stale`: units of the next step that may start early.
 
@@ -165,6 +166,7 @@ def next_unit(
   state: State,
   lane: Lane,
   assist: Callable[[State, Lane, Unit], bool] | None = None,
+  leave: Callable[[State, Lane, Unit], bool] | None = None,
 ) -> Unit | None:
   """The unit that `lane` should start now; None leaves it idle.
 
@@ -173,16 +175,21 @@ def next_unit(
     lane: who asks.
     assist: asked before a lane takes what is not its own work; by default it
       always does.
+    leave: asked whether a lane should leave its own work to faster ones; by
+      default it never does.
   """
   if sum(name == lane.name for name, _ in state.running) >= lane.slots:
     return None
+  left = False
   for kind in PRIORITY:
     if kind in lane.kinds and (unit := _first(state, state.now, kind)):
-      return unit
+      if leave is None or not leave(state, lane, unit):
+        return unit
+      left = True
   unit = _assistance(state, lane)
   if unit and (assist is None or assist(state, lane, unit)):
     return unit
-  return _stale(state, lane)
+  return _stale(state, lane, left)
 
 
 def _first(state: State, progress: Progress, kind: Kind) -> Unit | None:
@@ -215,8 +222,14 @@ def _assistance(state: State, lane: Lane) -> Unit | None:
   return None
 
 
-def _stale(state: State, lane: Lane) -> Unit | None:
-  """TCSS: a unit of the next step, with the present version."""
+def _stale(state: State, lane: Lane, left: bool) -> Unit | None:
+  """TCSS: a unit of the next step, with the present version.
+
+  Args:
+    state: where the run stands.
+    lane: who asks.
+    left: whether it leaves what is to generate in this step to others.
+  """
   if state.ahead is None:
     return None
   kinds = plan(state.work).kinds
@@ -224,7 +237,9 @@ def _stale(state: State, lane: Lane) -> Unit | None:
     unit := _first(state, state.ahead, Kind.SCORE)
   ):
     return unit
-  if Kind.GENERATE not in lane.kinds or state.now.ready & kinds[Kind.GENERATE]:
+  if Kind.GENERATE not in lane.kinds:
+    return None
+  if state.now.ready & kinds[Kind.GENERATE] and not left:
     return None
   if (
     state.ahead.started & kinds[Kind.GENERATE]

@@ -1,6 +1,7 @@
 """Drives the scheduler with a virtual clock and a table of costs."""
 
 import heapq
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,7 +17,7 @@ from digen_jax.pipeline.scheduler import (
   switch_to,
   version_of,
 )
-from digen_jax.pipeline.units import Unit
+from digen_jax.pipeline.units import Kind, Unit, plan
 from digen_jax.timeline import Span
 
 Cost = Callable[[str, Unit], float]
@@ -24,6 +25,9 @@ Cost = Callable[[str, Unit], float]
 Left = Mapping[tuple[str, Unit], float]
 # Whether an idle lane should take a unit that is not its own work.
 Assist = Callable[[State, Lane, Unit, Left], bool]
+
+
+ROUNDING = 1e-9
 
 
 def always(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
@@ -36,6 +40,42 @@ def never(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
   """Every lane keeps to its own work."""
   del state, lane, unit, left
   return False
+
+
+def leaves(
+  state: State,
+  lane: Lane,
+  unit: Unit,
+  lanes: Sequence[Lane],
+  cost: Cost,
+  left: Left,
+) -> bool:
+  """Whether `lane` would hold up the step by a Generate unit of its own work.
+
+  It would if, by the time it is through with one, faster lanes have done all
+  that are left. Then it is free for other things.
+
+  Args:
+    state: where the run stands.
+    lane: idle, and asks.
+    unit: what it could take.
+    lanes: all that are there.
+    cost: expected seconds of a unit on a lane.
+    left: seconds that units under way still need.
+  """
+  if unit.kind != Kind.GENERATE:
+    return False
+  through = cost(lane.name, unit)
+  count = (state.now.ready & plan(state.work).kinds[unit.kind]).bit_count()
+  for other in lanes:
+    if unit.kind not in other.kinds or other.name == lane.name:
+      continue
+    seconds = cost(other.name, unit)
+    if 0.0 < seconds < through:
+      free = sum(s for (name, _), s in left.items() if name == other.name)
+      # Strictly sooner, whichever way it is rounded.
+      count -= max(math.ceil((through - free) / seconds - ROUNDING) - 1, 0)
+  return count <= 0
 
 
 def simulate(
@@ -126,8 +166,13 @@ class _Clock:
     def worth(state: State, lane: Lane, unit: Unit) -> bool:
       return assist(state, lane, unit, left)
 
-    for lane in self.lanes.values():
-      while (unit := next_unit(state, lane, worth)) is not None:
+    lanes = list(self.lanes.values())
+
+    def leave(state: State, lane: Lane, unit: Unit) -> bool:
+      return leaves(state, lane, unit, lanes, self.cost, left)
+
+    for lane in lanes:
+      while (unit := next_unit(state, lane, worth, leave)) is not None:
         left[lane.name, unit] = self.cost(lane.name, unit)
         self.begin(state, lane, unit)
         state = on_start(state, lane, unit)

@@ -32,18 +32,29 @@ def best_splits(
   work: Workload,
   devices: int,
   rungs: Mapping[str, Techniques] = RUNGS,
+  *,
+  also: Sequence[Split] = (),
   **options: int,
 ) -> dict[str, Split]:
   """For each rung the split that serves it best; see `best_split`.
 
-  What serves the rung below is looked at as well.
+  What serves the rung below is looked at as well as `also`. A rung that fits on no split
+  is left out.
+
+  Raises:
+    UserError: none fits on any.
   """
   found: dict[str, Split] = {}
   for name, techniques in rungs.items():
-    below = tuple(found.values())[-1:]
-    found[name] = best_split(
-      table, work, devices, techniques, also=below, **options
-    )
+    others = (*also, *tuple(found.values())[-1:])
+    try:
+      found[name] = best_split(
+        table, work, devices, techniques, also=others, **options
+      )
+    except UserError as error:
+      reason = error
+  if not found:
+    raise reason
   return found
 
 

@@ -80,7 +80,8 @@ class Workload:
     scope: "group" or "global": whose rewards an advantage needs.
     gap: whether training may start before the last reward is in.
     stale: how many Generate units of the next step may start with the present
-      policy version, once all of this step have been handed out (TCSS).
+      policy version, once all of this step have been handed out, or are left to
+      others (TCSS).
     held: how far, in Train units, a lane may be ahead of the first that is not
       done; 0 sets no limit. Their gradients wait for it in memory.
   """
