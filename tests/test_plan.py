@@ -298,6 +298,39 @@ def test_a_mesh_that_holds_no_row_is_told():
   assert not plan.unfit and plan.configured.split.rollout == 8
 
 
+def test_a_rung_that_fits_nowhere_leaves_the_others():
+  """A lane with both roles holds the published weights beside its parts."""
+  small = dataclasses.replace(H100, memory=36.0)
+  basis = plan_basis.from_ledgers(small_config(), small, small, 8, "flux-dev")
+  assert basis.table.trainer.room(8) > 0 == basis.table.colocated.room(8)
+  none = dataclasses.replace(TABLE.trainer, max_rows=0.5)
+  basis = Basis(dataclasses.replace(TABLE, colocated=none))
+  work = Workload(4, 8, 8, pack=8)
+  plan = planning.make_plan(small_config(), work, basis, 8)
+  assert list(plan.best) == [name for name in RUNGS if name != "colocated"]
+  assert "memory of the colocated lane" in plan.unfit["colocated"]
+  said = "does not fit, whatever the split"
+  assert said in planning.plan_text(plan) and said in planning.plan_page(plan)
+  colocated = small_config(mode="colocated")
+  plan = planning.make_plan(colocated, work, basis, 8)
+  assert plan.configured is None and plan.best
+  tiny = dataclasses.replace(H100, memory=16.0)
+  with pytest.raises(UserError, match="does not fit"):
+    plan_basis.from_ledgers(small_config(), tiny, tiny, 8, "flux-dev")
+
+
+def test_lanes_that_differ_are_among_the_best():
+  """Where no lanes that are alike do better."""
+  mesh = {"rollout": [1, 4], "trainer": 3}
+  config = from_config_dict({"mesh": mesh})
+  plan = planning.make_plan(config, WORK, Basis(TABLE), 8)
+  configured, best = plan.configured, plan.best[plan.fastest]
+  assert configured.split.uneven == (1, 4)
+  assert list(configured.lanes) == ["rollout0", "rollout1", "trainer"]
+  assert best.step_seconds <= configured.step_seconds
+  assert "rollout lanes of 1, 4" in planning.plan_text(plan)
+
+
 def test_two_kinds_of_device_keep_their_roles():
   slow = dataclasses.replace(ROLE, generate=Rate(0.0, 40.0))
   table = CostTable(slow, slow)
