@@ -24,7 +24,8 @@ def run(config, workdir, steps):
   """(gradient of every update, final parameters, metrics, spans)."""
   job = training.Run(from_config_dict(config), workdir)
   gradients, rows, spans = [], [], []
-  trainer, rollout = (job.team.links[n].island for n in ("trainer", "rollout"))
+  trainer = job.trainer.island
+  rollout = job.team.links[job.team.rollouts[0]].island
   update = trainer.update
 
   def recorded(*args):
