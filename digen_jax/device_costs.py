@@ -87,7 +87,8 @@ class Job:
     reference: whether training also needs a forward pass of the reference
       policy (a KL term).
     average: whether an average of the trained parameters is kept (EMA).
-    held: gradients that may wait on a lane for those before them.
+    held: gradients that may wait on a lane for those before them, for which
+      room is kept.
     borrows: whether lanes that generate are lent weights between the updates of
       a step, beside the version that they have.
     remat: as in `layers.scan_blocks`.
@@ -436,7 +437,8 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     f"memory: {USABLE:.0%} of a device, of which weights (of a trainer two "
     "layers beside its part), gradients in parts, the state of training and "
     "activations are counted, and neither the decoder nor what generating "
-    f"works with; {job.held} gradients may wait for those before them; devices "
+    "works with; of gradients that wait for those before them "
+    f"{job.held or 'none'} are counted; devices "
     "on a tensor axis divide weights, but not the residual stream, those on a "
     "sequence axis tokens, but not weights",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",

@@ -277,7 +277,7 @@ def _nowhere(plan: Plan) -> list[str]:
   """Rungs that fit on no split."""
   return [
     f"{NAMES.get(name, name)}: does not fit, whatever the split"
-    for name in plan.unfit
+    for name in {**plan.rungs, **plan.unfit}
     if name != "configured" and name not in plan.best
   ]
 

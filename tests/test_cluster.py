@@ -176,6 +176,16 @@ def score(images, prompts):
 """
 
 
+def note_calls(link, name, asked):
+  call = link.call
+
+  def noted(method, *args):
+    asked.append(name)
+    return call(method, *args)
+
+  link.call = noted
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("default")
 @pytest.mark.parametrize(
@@ -209,8 +219,13 @@ def test_a_rollout_actor_that_dies_is_started_again(
       assert run.executor.restarts == config.pipeline.restarts - 1
       pid = run.team.links[first].apply(lambda _: os.getpid()).result()
       os.kill(pid, signal.SIGKILL)
+    asked = []
+    for name in run.team.rollouts:
+      note_calls(run.team.links[name], name, asked)
     evaluated = run.evaluate()
-    if not killed:  # every lane took its part, with the noise of the whole
+    # Every lane took its part, with the noise of the whole.
+    assert set(asked) == set(run.team.rollouts)
+    if not killed:
       args = run.trainer.call("averaged"), run.held_out_conditioning, None
       call = run.team.links[first].call
       whole = call("sample", *args, NOISE_SEED).result()

@@ -89,12 +89,18 @@ def test_executes_what_the_simulator_predicts(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("late", "slow", "end"), [(5, [0], 20), (50, [0, 15], 60)]
+  ("step", "late", "slow", "end"),
+  [
+    (1, 5, [0], 20),
+    (1, 6, [0], 21),
+    (1, 50, [0, 21], 60),
+    (16, 5, [0, 15], 30),
+  ],
 )
 def test_a_slow_lane_leaves_the_last_unit_to_a_faster_one(
-  late, slow, end, monkeypatch
+  step, late, slow, end, monkeypatch
 ):
-  """As in simulated time; but not if that is late itself."""
+  """As in simulated time; but not if that is late itself, nor in every step."""
   clock, lanes = Clock(), (Lane("slow", LANES[0].kinds), *LANES)
 
   def tick(_):
@@ -108,7 +114,7 @@ def test_a_slow_lane_leaves_the_last_unit_to_a_faster_one(
 
   monkeypatch.setattr("time.sleep", tick)
   executor = Executor(lanes, dict.fromkeys(Kind, begin), Costs(), clock=clock)
-  spans, _ = executor.run(start_step(WORK, 0))
+  spans, _ = executor.run(start_step(WORK, step))
   generated = [s for s in spans if s.name == Kind.GENERATE]
   # At 15 one of five is left, for which the slow lane needs till 30.
   assert [s.start for s in generated if s.lane == "slow"] == slow

@@ -320,14 +320,17 @@ def test_a_rung_that_fits_nowhere_leaves_the_others():
 
 
 def test_lanes_that_differ_are_among_the_best():
-  """Where no lanes that are alike do better."""
+  """Where the five cannot be divided evenly, and a unit fills no lane."""
   mesh = {"rollout": [1, 4], "trainer": 3}
   config = from_config_dict({"mesh": mesh})
-  plan = planning.make_plan(config, WORK, Basis(TABLE), 8)
-  configured, best = plan.configured, plan.best[plan.fastest]
-  assert configured.split.uneven == (1, 4)
-  assert list(configured.lanes) == ["rollout0", "rollout1", "trainer"]
-  assert best.step_seconds <= configured.step_seconds
+  role = dataclasses.replace(
+    ROLE, generate=Rate(4.0, 0.0), train=Rate(0.0, 1e-3)
+  )
+  basis = Basis(CostTable(role, role, resize=False), apart=True)
+  plan = planning.make_plan(config, WORK, basis, 8)
+  assert plan.configured.split.uneven == (1, 4)
+  assert list(plan.configured.lanes) == ["rollout0", "rollout1", "trainer"]
+  assert plan.best["gap"].split.uneven == (1, 4)
   assert "rollout lanes of 1, 4" in planning.plan_text(plan)
 
 

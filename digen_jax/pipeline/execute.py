@@ -36,6 +36,8 @@ from digen_jax.timeline import Span
 POLL_SECONDS = 5e-4  # well under the shortest unit; leaves the cores to work
 WAIT_SECONDS = 0.1  # for a future, before everything is looked at again
 START_SECONDS = 1800.0  # that a lane may need to start anew
+LATE = 2.0  # times its cost: a unit of which nobody knows when it will end
+ANEW_EVERY = 16  # steps, after which all lanes are measured again
 
 
 class Handle(Protocol):
@@ -211,14 +213,18 @@ class Executor:
 
   def left(self) -> Left:
     """Seconds that what is under way should still need."""
-    now, left = self._clock(), {}
-    for item in self._running:
-      cost = self._costs(item.lane.name, item.unit)
-      if item.then is not None:
-        cost += self._costs(item.lane.name, item.then)
-      key = item.lane.name, item.scheduled
-      left[key] = max(cost - (now - item.span.start), 0.0)
-    return left
+    now = self._clock()
+    return {
+      (i.lane.name, i.scheduled): max(
+        self._expected(i) - (now - i.span.start), 0.0
+      )
+      for i in self._running
+    }
+
+  def _expected(self, item: _Running) -> float:
+    """Seconds that it should take, with what follows at once."""
+    units = (item.unit, item.then) if item.then else (item.unit,)
+    return sum(self._costs(item.lane.name, unit) for unit in units)
 
   def unfinished(self) -> list[Span]:
     """Spans of what is under way, up to now."""
@@ -272,15 +278,16 @@ class Executor:
     return self._assist(state, lane, unit, self.left())
 
   def _leaves(self, state: State, lane: Lane, unit: Unit) -> bool:
-    left = self.left()
-    # Nobody knows when a lane will be free whose unit takes longer than it should.
+    if state.step % ANEW_EVERY == 0:  # else it might never be seen to be fast
+      return False
+    now = self._clock()
     late = {
-      item.lane.name
-      for item in self._running
-      if not item.timed or not left[item.lane.name, item.scheduled]
+      i.lane.name
+      for i in self._running
+      if not i.timed or now - i.span.start > LATE * self._expected(i)
     }
     there = [i for i in self._lanes if i.name not in late | set(self._away)]
-    return leaves(state, lane, unit, there, self._costs, left)
+    return leaves(state, lane, unit, there, self._costs, self.left())
 
   def _welcome(self, state: State) -> State:
     """Lanes that were started anew are there, or have failed to start."""
