@@ -59,11 +59,11 @@ SWITCHES: Mapping[str, Mapping[str, Any]] = {
 }
 # Denoising steps and trained steps: how the work divides over the two kinds.
 WORKLOADS: Mapping[str, tuple[int, int]] = {
-  "generation-heavy": (32, 4),
-  "balanced": (24, 8),
-  "training-heavy": (16, 12),
+  "generation-heavy": (16, 2),
+  "balanced": (12, 4),
+  "training-heavy": (8, 6),
 }
-STEPS = 4  # of a repetition; the first and the last are not counted
+STEPS = 5  # of a repetition; the first and the last are not counted
 # Part of the processor time that a repetition wanted and did not get: if it is
 # more, the repetition is run again ...
 QUIET = 0.02
