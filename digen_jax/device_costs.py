@@ -339,9 +339,10 @@ def _degrees(denoiser: Ledger, least: int) -> list[int]:
 def _role(job: Job, device: Device, role: str, memory: Memory) -> RoleCosts:
   """What units cost on one role's layout.
 
-  Rollout lanes hold all weights on all devices that divide the heads. Trainer lanes hold
-  a part each and gather the weights for every forward pass and where blocks
-  are computed again, without overlap; a colocated lane gathers what it trains.
+  The devices of a rollout lane that divide heads hold all weights between them.
+  Trainer lanes hold a part each and gather the weights for every forward pass
+  and where blocks are computed again, without overlap; a colocated lane gathers
+  what it trains.
   """
   shards = memory.shards
   # Devices that divide the heads gather a part each.
@@ -438,9 +439,9 @@ def assumptions(job: Job, devices: Sequence[Device]) -> list[str]:
     "layers beside its part), gradients in parts, the state of training and "
     "activations are counted, and neither the decoder nor what generating "
     "works with; of gradients that wait for those before them "
-    f"{job.held or 'none'} are counted; devices "
-    "on a tensor axis divide weights, but not the residual stream, those on a "
-    "sequence axis tokens, but not weights",
+    f"{job.held or 'none'} are counted; devices on a tensor axis divide weights, "
+    "but not the residual stream, those on a sequence axis tokens, but not "
+    "weights",
     f"devices that share a row lose {1 - PER_DOUBLING:.0%} with every doubling",
     "rows are spread evenly; a batch smaller than a lane leaves devices idle",
   ]

@@ -28,6 +28,7 @@ from digen_jax.benchmarks import (
 from digen_jax.benchmarks.ladder import workload_config
 from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
+from digen_jax.pipeline.units import Kind, Unit
 from digen_jax.weights import load, safetensors
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -170,6 +171,31 @@ def test_what_others_disturbed_is_run_again_next_to_its_neighbours():
   assert steps == list(range(0, 8 * ladder.STEPS, ladder.STEPS))
   assert "30.0 % of the processor taken away" in told[1]
   assert [r.seconds[0] for r in aside["gap"] + aside["tsp"]] == [3.0, 9.0]
+
+
+def test_the_ladders_pack_is_that_of_the_shortest_step():
+  """Neither that of the cheapest row, nor the largest."""
+  row = {1: 4.0, 2: 3.0, 4: 2.9}
+  work = types.SimpleNamespace(train_size=10)
+  made = [types.SimpleNamespace(seconds=s) for s in (9.0, 5.0, 7.0)]
+
+  def rung(name, pack):
+    def predict(cost, stale):
+      assert cost("rollout", Unit(Kind.GENERATE, 0)) == 5.0
+      return cost("trainer", Unit(Kind.TRAIN, 0)) / pack + 2 * pack
+
+    measure = lambda step, what: [made.pop(0)]  # noqa: E731
+    return types.SimpleNamespace(
+      work=work,
+      program=types.SimpleNamespace(measure=measure),
+      row_seconds=lambda packs: row,
+      predict=predict,
+    )
+
+  # 40 + 2, 30 + 4, 29 + 8
+  told = []
+  assert ladder._best_pack(rung, 4, told.append) == 2
+  assert "2 -> 3000.00, 34.00" in told[0]
 
 
 def test_a_machine_that_is_never_quiet_ends_the_ladder_all_the_same():

@@ -1,5 +1,8 @@
 """Meshes, rules, resharding."""
 
+import platform
+import subprocess
+import sys
 import types
 
 import jax
@@ -45,6 +48,30 @@ def test_disaggregated_meshes_are_disjoint(rollout, trainer, counts):
   assert rollouts == (names if len(rollouts) > 1 else ["rollout"])
   ids = [d.id for m in meshes.values() for d in m.devices.flat]
   assert len(ids) == len(set(ids))
+
+
+FAULTS = """
+import resource, sys
+import numpy as np
+from digen_jax.parallel.allocator import keep_freed_memory
+if sys.argv[1] == "keep":
+  keep_freed_memory()
+np.ones(5_000_000)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+  np.ones(5_000_000)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc")
+def test_freed_memory_is_kept():
+  """Else every array of 40 MB has its pages anew."""
+  faults = {
+    what: int(subprocess.check_output([sys.executable, "-c", FAULTS, what]))
+    for what in ("keep", "leave")
+  }
+  assert faults["keep"] < 100 < faults["leave"]
 
 
 def test_samples_are_divided_by_devices():
