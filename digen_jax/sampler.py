@@ -85,8 +85,8 @@ class Sampler:
       part: which of the N samples; all by default.
 
     Yields:
-      Samples 0 ... N-1, or those of `part`, in order, n at a time: [n, H, W, 3] uint8, or
-      [n, F, H, W, 3] videos.
+      Samples 0 ... N-1, or those of `part`, in order, n at a time:
+      [n, H, W, 3] uint8, or [n, F, H, W, 3] videos.
     """
     conditioning, negative = match_text(conditioning, negative)
     rows = np.arange(len(conditioning.text)) if rows is None else rows

@@ -4,7 +4,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
-import operator
 import time
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,7 @@ from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost
 from digen_jax.evaluation import Evaluated, evaluate, select, setting
-from digen_jax.lanes import (
-  Team,
-  check_lanes,
-  divide,
-  lane_axes,
-  make_team,
-)
+from digen_jax.lanes import Team, check_lanes, divide, lane_axes, make_team
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
@@ -238,12 +231,10 @@ class Run:
 
   def _evaluate(self) -> Evaluated:
     params = self.trainer.call("averaged")
-
     sizes = {n: self.hardware[n].size for n in self.team.rollouts}
-    if (
-      self.config.pipeline.lanes == "local"
-    ):  # one after the other gains nothing
-      sizes = dict([max(sizes.items(), key=operator.itemgetter(1))])
+    if self.config.pipeline.lanes == "local":  # they would take turns
+      largest = max(sizes, key=sizes.__getitem__)
+      sizes = {largest: sizes[largest]}
 
     def sample(conditioning: Any, negative: Any, seed: int) -> np.ndarray:
       common = params, conditioning, negative, seed

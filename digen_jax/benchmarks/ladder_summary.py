@@ -25,7 +25,8 @@ class Ran:
     costs: of their units: what a lane was busy, and what taking it in took.
     stale: whether units of the next step might start early.
     driver_seconds: CPU time of this process per counted step, rewards included.
-    stolen: part of the processor time wanted that others got, see `overlap.cpu_seconds`.
+    stolen: part of the processor time wanted that others got, see
+      `overlap.cpu_seconds`.
     accounting: lane -> {"busy", "idle", "switch", "sync"} seconds per counted
       step.
   """

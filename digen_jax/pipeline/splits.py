@@ -38,8 +38,8 @@ def best_splits(
 ) -> dict[str, Split]:
   """For each rung the split that serves it best; see `best_split`.
 
-  What serves the rung below is looked at as well as `also`. A rung that fits on no split
-  is left out.
+  What serves the rung below is looked at too, and so is `also`. A rung that
+  fits on no split is left out.
 
   Raises:
     UserError: none fits on any.
