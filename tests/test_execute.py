@@ -336,6 +336,23 @@ def test_a_lost_lane_comes_back_and_others_do_its_work_meanwhile(
   assert {t for seen in times for t in seen} == {COST[Kind.GENERATE]}
 
 
+def test_nobody_counts_on_a_lane_that_is_away(ticking):
+  slow = Lane("slow", LANES[0].kinds)
+  trainer = dataclasses.replace(LANES[1], assists=LANES[0].kinds)
+  executor = Mortal(ticking, dies_with=2).executor((slow, LANES[0], trainer))
+  state = start_step(Workload(groups=1, group_size=2, window=1, gap=True), 1)
+  unit = step_units(state.work, 1)[0]
+  for lane, seconds in (("slow", 15), ("rollout", 5), ("trainer", 40)):
+    executor._costs.observe(lane, unit, seconds)
+  assert executor._leaves(state, slow, unit)
+  executor._away["rollout"] = Job(ticking, 100), 1000.0
+  assert not executor._leaves(state, slow, unit)
+  # The slow lane is through before the trainer would be, who might assist.
+  assert not executor._worth(state, trainer, unit)
+  executor._away["slow"] = executor._away["rollout"]
+  assert executor._worth(state, trainer, unit)
+
+
 def test_a_lane_that_keeps_dying_ends_the_run(ticking):
   class Doomed(Mortal):
     def revive(self, lane):
