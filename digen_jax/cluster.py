@@ -15,13 +15,17 @@ import math
 import os
 import pickle
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digen_jax.config import Config
 from digen_jax.errors import LaneLost, UserError
 from digen_jax.links import Hardware
+from digen_jax.pipeline.execute import START_SECONDS
 from digen_jax.pipeline.scheduler import Lane
+
+FREE_SECONDS = 60.0  # that others may take to let GPUs go
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,9 +71,19 @@ def start() -> Any:
   return ray
 
 
-def gpus(ray: Any) -> int:
-  """Number of GPUs in the cluster."""
-  return int(ray.cluster_resources().get("GPU", 0))
+def gpus(ray: Any) -> list[int]:
+  """GPUs of every host in the cluster that has some.
+
+  Raises:
+    UserError: there are TPUs, which lanes in Ray cannot use.
+  """
+  hosts = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+  if any(host.get("TPU") for host in hosts):
+    raise UserError(
+      "config.pipeline.lanes='ray' runs on GPUs or on processors, and Ray found "
+      "TPUs: set config.pipeline.lanes='local', which drives them from one process"
+    )
+  return [int(host["GPU"]) for host in hosts if host.get("GPU")]
 
 
 def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
@@ -78,12 +92,28 @@ def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
   Args:
     ray: from `start`.
     meshes: axis sizes by lane name.
+
+  Raises:
+    UserError: others have the GPUs, and do not let them go for a minute.
   """
   counts = {name: math.prod(axes.values()) for name, axes in meshes.items()}
   if gpus(ray):
+    _await_gpus(ray, sum(counts.values()))
     return {n: Site(meshes[n], counts[n], gpus=True) for n in meshes}
   shares = _share(sorted(os.sched_getaffinity(0)), counts)
   return {n: Site(meshes[n], counts[n], shares[n]) for n in meshes}
+
+
+def _await_gpus(ray: Any, count: int) -> None:
+  """Actors that have been stopped may still hold theirs for a while."""
+  deadline = time.monotonic() + FREE_SECONDS
+  while (free := int(ray.available_resources().get("GPU", 0))) < count:
+    if time.monotonic() > deadline:
+      raise UserError(
+        f"config.mesh needs {count} GPUs, and {free} of the cluster's are free: "
+        "end what uses the others, or give mesh.rollout and mesh.trainer fewer"
+      )
+    time.sleep(FREE_SECONDS / 60)
 
 
 def _share(
@@ -178,8 +208,20 @@ class RayLink:
 
   @functools.cached_property
   def hardware(self) -> Hardware:
-    """What the island runs on; waits until it is there."""
-    return self._remote(self._actor.describe.remote()).result()
+    """What the island runs on; waits until it is there.
+
+    Raises:
+      LaneLost: the actor has died, or found no place to start in.
+    """
+    answer = self._remote(self._actor.describe.remote())
+    concurrent.futures.wait([answer.future], START_SECONDS)
+    if not answer.ready():
+      raise LaneLost(
+        self._lane,
+        f"lane {self._lane!r} did not start within {START_SECONDS / 60:.0f} "
+        "minutes: see `ray status` for what it waits for",
+      )
+    return answer.result()
 
   def call(self, method: str, *args: Any) -> Remote:
     """Calls a method of the island."""
@@ -225,8 +267,9 @@ def _server_class() -> type:
       import os
       import pickle
 
-      if site["cores"]:
-        os.sched_setaffinity(0, site["cores"])
+      # Another host of the cluster may not have the cores of the driver's.
+      if cores := set(site["cores"]) & os.sched_getaffinity(0):
+        os.sched_setaffinity(0, cores)
       if site["devices"] > 1 and not site["gpus"]:
         os.environ.setdefault("PJRT_NPROC", str(2 * site["devices"]))
       import jax

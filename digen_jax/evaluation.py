@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from digen_jax.config import Config
-from digen_jax.rewards.compose import Composite
+from digen_jax.rewards.compose import Scores
 from digen_jax.types import Conditioning
 
 # The same noise whatever the run's seed: policies of several runs compare.
@@ -83,19 +83,19 @@ def evaluate(
   prompts: Sequence[str],
   conditioning: Conditioning,
   negative: Conditioning | None,
-  reward: Composite,
+  score: Callable[[np.ndarray, list[str]], Scores],
   step: int,
 ) -> Evaluated:
   """Samples one image per prompt and scores them.
 
-  Rewards see at most `SCORED` values at once, or one sample.
+  `score` sees at most `SCORED` values at once, or one sample.
 
   Args:
     sample: the policy, called with conditioning, negative and a seed.
     prompts: [N] texts.
     conditioning: [N, ...] their conditioning, on the host.
     negative: [1, ...] conditioning of the negative prompt, with guidance.
-    reward: scores images.
+    score: scores of images, see `Composite.score`.
     step: how far the policy has been trained.
   """
   images = sample(conditioning, negative, NOISE_SEED)
@@ -103,7 +103,7 @@ def evaluate(
   size = max(1, SCORED // images[0].size)
   for first in range(0, len(images), size):
     rows = slice(first, first + size)
-    scores.append(reward.score(as_floats(images[rows]), list(prompts[rows])))
+    scores.append(score(as_floats(images[rows]), list(prompts[rows])))
   total = np.concatenate([score.total for score in scores])
   parts = {
     name: np.concatenate([score.parts[name] for score in scores])

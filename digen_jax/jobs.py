@@ -385,7 +385,7 @@ def evaluate_run(
       texts,
       conditioning,
       negative,
-      reward,
+      reward.score,
       step,
     )
     for params, step in ((policy.base, 0), (policy.trainable, policy.step))

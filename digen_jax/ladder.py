@@ -2,10 +2,9 @@
 
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, Protocol
 
 from digen_jax.page import legend, picker, wide
-from digen_jax.pipeline.planner import Prediction
 from digen_jax.svg import Bar, bar_chart, lanes_chart, number
 from digen_jax.timeline import Span
 
@@ -104,20 +103,34 @@ def ladder_chart(seconds: Mapping[str, float], bound: float) -> str:
   return wide(bar_chart(bars, 1080, mark=bound, unit=" s")) + note
 
 
-def prediction_panels(predictions: Mapping[str, Prediction]) -> str:
-  """The simulated timeline of each rung, one to choose, on one time scale."""
-  windows = {name: _window(p) for name, p in predictions.items()}
+class Timed(Protocol):
+  """Steps of a rung, simulated (`planner.Prediction`) or measured.
+
+  Attributes:
+    step_seconds: of one of them.
+    spans: of all of them.
+    busy: part of the time that each lane is.
+  """
+
+  step_seconds: float
+  spans: Sequence[Span]
+  busy: Mapping[str, float]
+
+
+def timeline_panels(rungs: Mapping[str, Timed]) -> str:
+  """The timeline of each rung, one to choose, on one time scale."""
+  windows = {name: _window(timed) for name, timed in rungs.items()}
   scale = max(end - start for start, end in windows.values())
   panels, names = [], []
-  for rung, prediction in predictions.items():
+  for rung, timed in rungs.items():
     start, end = windows[rung]
-    near = [s for s in prediction.spans if s.start < end and s.end > start]
+    near = [s for s in timed.spans if s.start < end and s.end > start]
     if len(near) > SHOWN_SPANS:
       continue
     names += [s.name for s in near]
-    busy = ", ".join(f"{n} {b:.0%}" for n, b in prediction.busy.items())
+    busy = ", ".join(f"{n} {b:.0%}" for n, b in timed.busy.items())
     chart = lanes_chart(_in_order(near), start, end, 1080, scale=scale)
-    title = f"{NAMES.get(rung, rung)} · {number(prediction.step_seconds)} s"
+    title = f"{NAMES.get(rung, rung)} · {number(timed.step_seconds)} s"
     note = f'<p class="note">busy: {escape(busy)}</p>'
     panels.append((title, wide(chart) + note))
   if not panels:
@@ -126,9 +139,9 @@ def prediction_panels(predictions: Mapping[str, Prediction]) -> str:
   return legend([*colors, ("idle", "var(--hatch)")]) + picker(panels)
 
 
-def _window(prediction: Prediction) -> tuple[float, float]:
+def _window(timed: Timed) -> tuple[float, float]:
   """A step; where steps overlap, one from the middle."""
-  ends = [s.end for s in prediction.spans if s.name == "publish"]
+  ends = [s.end for s in timed.spans if s.name == "publish"]
   if len(ends) < 3:
     return 0.0, ends[0]
   return ends[-3], ends[-2]

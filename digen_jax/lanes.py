@@ -73,26 +73,43 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
   """Mesh axes of every lane; reads no weights.
 
   Raises:
-    UserError: the devices do not suffice, accelerators would stay idle, or Ray
-      is wanted and not installed.
+    UserError: the devices do not suffice, accelerators would stay idle, a lane
+      is larger than a host, or Ray is wanted and not installed.
   """
   mesh, mode = config.mesh, config.pipeline.mode
+  hosts: list[int] = []
   if config.pipeline.lanes == "ray":
     from digen_jax import cluster
 
-    available = cluster.gpus(cluster.start()) or config.devices
+    hosts = cluster.gpus(cluster.start())
+    available = sum(hosts) or config.devices
+    kind = "gpu" if hosts else "cpu"
   else:
-    available = jax.device_count()
-  axes = mesh_axes(mode, mesh.rollout, mesh.trainer, available)
-  used = sum(math.prod(sizes.values()) for sizes in axes.values())
-  # Nobody means that; virtual devices of a CPU cost nothing.
-  local = config.pipeline.lanes == "local"
-  if local and used < available and jax.default_backend() != "cpu":
+    available, kind = jax.device_count(), jax.default_backend()
+  if len(hosts) > 1 and mesh.rollout == mesh.trainer == "auto":
     raise UserError(
-      f"config.mesh uses {used} of {available} {jax.default_backend()} devices: "
+      "config.mesh.rollout and config.mesh.trainer cannot both be 'auto' on "
+      f"several hosts (their GPUs: {hosts}): give the devices of each lane, none "
+      "more than a host has, such as mesh.rollout=[4,4]"
+    )
+  axes = mesh_axes(mode, mesh.rollout, mesh.trainer, available)
+  counts = {name: math.prod(sizes.values()) for name, sizes in axes.items()}
+  used = sum(counts.values())
+  # Nobody means that; but virtual devices of a CPU cost nothing, and a cluster
+  # of several hosts may work for others, too.
+  if used < available and kind != "cpu" and len(hosts) < 2:
+    raise UserError(
+      f"config.mesh uses {used} of {available} {kind} devices: "
       "give one of the roles the others ('auto'), or hide them, e.g. with "
       "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES"
     )
+  for name, count in counts.items() if hosts else ():
+    if count > max(hosts):
+      raise UserError(
+        f"config.mesh gives the {name} lane {count} GPUs, and no host of the "
+        f"cluster has more than {max(hosts)}: a lane in Ray lives on one host; "
+        "several rollout lanes are mesh.rollout=[4,4]"
+      )
   return axes
 
 

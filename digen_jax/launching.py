@@ -70,6 +70,20 @@ def run_main(
   )
 
 
+def start_run_devices(config: config_lib.Config) -> None:
+  """`start_devices` of a run.
+
+  With Ray every accelerator belongs to a lane's process. This one stays on the
+  CPU: JAX would take most of the memory of each that it can see.
+  """
+  if config.pipeline.lanes == "local":
+    return start_devices(config.devices)
+  import jax
+
+  jax.config.update("jax_platforms", "cpu")
+  return start_devices(1)
+
+
 def start_devices(cpu_devices: int) -> None:
   """Call before anything touches a device.
 

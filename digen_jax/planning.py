@@ -14,7 +14,7 @@ from digen_jax.config import Config
 from digen_jax.device_costs import GIB
 from digen_jax.errors import UserError
 from digen_jax.ladder import NAMES, ladder_chart, ladder_rows, ladder_text
-from digen_jax.ladder import prediction_panels as panels
+from digen_jax.ladder import timeline_panels as panels
 from digen_jax.metrics import format_seconds
 from digen_jax.page import page, section
 from digen_jax.parallel.mesh import lane_sizes, row_devices
@@ -371,6 +371,7 @@ def as_flags(split: Split, techniques: Techniques, table: CostTable) -> str:
     "pipeline.tsp": techniques.tsp,
     "pipeline.tag": techniques.tag,
     "pipeline.rat": techniques.rat,
+    "pipeline.bts": techniques.bts,
     "pipeline.tcss": techniques.tcss,
     **{f"mesh.{role}": _quoted(mesh) for role, mesh in meshes.items()},
     "pipeline.generate_size": split.generate_size,

@@ -16,7 +16,7 @@ import numpy as np
 from digen_jax.config import Config
 from digen_jax.data.embeddings import match_text
 from digen_jax.data.prompts import PromptStream
-from digen_jax.errors import UserError
+from digen_jax.errors import LaneLost, UserError
 from digen_jax.evaluation import as_floats
 from digen_jax.lanes import Team
 from digen_jax.links import Pending
@@ -25,7 +25,7 @@ from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Handle, Start
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from digen_jax.policy import Recipe
-from digen_jax.rewards.compose import Composite
+from digen_jax.rewards.compose import Composite, Scores
 from digen_jax.samples import Samples, window_starts
 from digen_jax.types import Conditioning, TrainBatch
 
@@ -107,7 +107,7 @@ class Program:
     self._receipts: dict[str, Pending] = {}
     self._parcel: Pending | None = None  # that version, for lanes that die
     self._loading: set[str] = set()  # lanes that were started anew
-    self.updated = False
+    self._updates: list[Pending] = []  # of the step, that have begun
     self.resharded_blocks = False
     sampling = config.sampling
     self._step_weights = np.ones(sampling.num_steps, np.float32)
@@ -142,7 +142,7 @@ class Program:
     self._summed = 0
     self._added = 0  # calls since the last update
     self._interim: Pending | None = None  # weights between two updates
-    self.updated = False
+    self._updates = []
 
   def _of(self, step: int) -> Samples:
     """The samples of a step; of a new one its prompts and windows are drawn."""
@@ -322,6 +322,14 @@ class Program:
       lambda scores: samples.take(unit, scores, self.config.advantage),
     )
 
+  def rate(self, images: np.ndarray, prompts: list[str]) -> Scores:
+    """Scores of images that are of no step; see `Composite.score`.
+
+    In the threads that score: those of stale samples may be under way, and
+    `pipeline.reward_slots` bounds all calls.
+    """
+    return self._threads.submit(self.reward.score, images, prompts).result()
+
   def train(self, lane: str, unit: Unit) -> Handle:
     """Gradient of a pack of transitions."""
     number, args = self._order[unit], self._gradients_args(lane, unit)
@@ -396,8 +404,8 @@ class Program:
       raise RuntimeError(
         f"the gradient of samples {missing[0].start}:{missing[0].stop} is missing"
       )
-    self.updated = True
     metrics = self.links[lane].call("update", self._added)
+    self._updates.append(metrics)
     self._added = 0
     if unit.update + 1 < self.work.updates and len(self.team.learners) > 1:
       # At once: later it would queue behind the trainer's Train units.
@@ -414,6 +422,26 @@ class Program:
       self.sums["grad_norm"] = max(self.sums.get("grad_norm", 0.0), norm)
 
     return DeviceWork(metrics, take)
+
+  def whole(self) -> int | None:
+    """How many steps further than at its beginning the trainer's state is.
+
+    0 before the first update and 1 after the last; None between them, and
+    where one has failed or gave weights that are not finite.
+
+    Raises:
+      LaneLost: the trainer has died.
+    """
+    if not self._updates:
+      return 0
+    try:
+      norms = [float(i.result()["grad_norm"]) for i in self._updates]
+    except LaneLost:
+      raise
+    except Exception:
+      return None
+    ended = len(norms) == self.work.updates and np.isfinite(norms).all()
+    return 1 if ended else None
 
   def publish(self, lane: str, unit: Unit) -> Handle:
     """Copies what was trained to the rollout layout; verified before use.

@@ -30,7 +30,6 @@ from digen_jax.run_record import (
 )
 from digen_jax.svg import Series, lanes_chart, line_chart, number
 from digen_jax.timeline import (
-  Span,
   lane_accounting,
   merge,
   write_text,
@@ -256,7 +255,7 @@ def _lanes(run: RunRecord) -> str:
   colors = legend(
     [(name, f"var(--{name})") for name in names] + [("idle", "var(--hatch)")]
   )
-  return bars + colors + picker(_timelines(run.spans))
+  return bars + colors + picker(_timelines(run))
 
 
 def _busy(run: RunRecord, lane: str, share: float) -> str:
@@ -285,7 +284,7 @@ def _shares(run: RunRecord) -> dict[str, dict[str, float]]:
   lanes = dict.fromkeys(span.lane for span in run.spans)
   shares = {lane: dict.fromkeys(KINDS, 0.0) for lane in lanes}
   # Between steps (evaluation, checkpoints) no lane has work: not idle time.
-  windows = merge(_extents(run.spans).values())
+  windows = merge(_extents(run).values())
   wall = sum(end - start for start, end in windows)
   for start, end in windows:
     for lane, parts in lane_accounting(run.spans, lanes, start, end).items():
@@ -297,18 +296,28 @@ def _shares(run: RunRecord) -> dict[str, dict[str, float]]:
 KINDS = ("busy", "switch", "sync", "idle")
 
 
-def _extents(spans: Sequence[Span]) -> dict[int, tuple[float, float]]:
-  """(start, end) of every step."""
+def _extents(run: RunRecord) -> dict[int, tuple[float, float]]:
+  """(start, end) of every step.
+
+  Stale units began in the step before, and an evaluation may lie between: how
+  long the step took is in its metrics.
+  """
   extents: dict[int, tuple[float, float]] = {}
-  for span in spans:
-    low, high = extents.get(span.args["step"], (span.start, span.end))
-    extents[span.args["step"]] = min(low, span.start), max(high, span.end)
+  for span in run.spans:
+    step = span.args["step"]
+    if span.args.get("version", step) == step:
+      low, high = extents.get(step, (span.start, span.end))
+      extents[step] = min(low, span.start), max(high, span.end)
+  for step, seconds in column(run.rows, "step_seconds"):
+    if step in extents:
+      low, high = extents[step]
+      extents[step] = min(low, high - seconds), high
   return dict(sorted(extents.items()))
 
 
-def _timelines(spans: Sequence[Span]) -> list[tuple[str, str]]:
+def _timelines(run: RunRecord) -> list[tuple[str, str]]:
   """A panel for each of the last steps, on one time scale."""
-  extents = list(_extents(spans).items())
+  spans, extents = run.spans, list(_extents(run).items())
   most = max(1, SHOWN_SPANS * len(extents) // max(len(spans), 1))
   extents = extents[-SHOWN_STEPS:]
   extents = extents[-most:]

@@ -4,7 +4,8 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Mapping
+import statistics
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,30 @@ def describe(hardware: Mapping[str, Hardware]) -> str:
   )
 
 
+# Of a step's metrics, what tells how well it used the lanes.
+LANES = ("busy_fraction", "step_seconds", "predicted_step_seconds")
+
+
+def _lanes(steps: Sequence[Mapping[str, Any]]) -> str:
+  """E.g. "rollout 91% busy, trainer 88% busy; 3.2 s a step, predicted 3.1 s";
+  medians, "" of no step."""
+  if not steps:
+    return ""
+  busy = {
+    lane: statistics.median(step["busy_fraction"][lane] for step in steps)
+    for lane in steps[0]["busy_fraction"]
+  }
+  text = ", ".join(f"{lane} {part:.0%} busy" for lane, part in busy.items())
+  text += f"; {_median(steps, 'step_seconds')} s a step"
+  predicted = _median(steps, "predicted_step_seconds")
+  return text + (f", predicted {predicted} s" if predicted else "")
+
+
+def _median(steps: Sequence[Mapping[str, Any]], name: str) -> str:
+  values = [step[name] for step in steps if step[name] is not None]
+  return f"{statistics.median(values):.3g}" if values else ""
+
+
 class RunFiles:
   """Writes config.json, metrics, timeline, evaluations and pictures."""
 
@@ -178,6 +203,7 @@ class RunFiles:
       workdir, tracker=config.tracker, config=to_dict(config), step=step
     )
     self._timeline = Timeline(workdir / "timeline.json", step)
+    self._steps: list[dict[str, Any]] = []  # how long, and how busy
     self._evaluations = [
       row for row in self._read_evaluations() if row["step"] <= step
     ]
@@ -203,6 +229,7 @@ class RunFiles:
     """After every global step."""
     self._metrics.write(row)
     self._timeline.add(spans)
+    self._steps.append({key: row.get(key) for key in LANES})
 
   def has_evaluation(self, step: int) -> bool:
     """Whether the policy of a step has been evaluated."""
@@ -235,7 +262,8 @@ class RunFiles:
     )
 
   def summary(self) -> dict[str, Any]:
-    """Held-out reward of the last evaluation, and the first that compares."""
+    """Held-out reward of the last evaluation, and the first that compares;
+    and the lanes in the steps that were trained here, in a line."""
     last = self._evaluations[-1]
     what = last["split"], last.get("setting")
     first = next(
@@ -247,6 +275,7 @@ class RunFiles:
       "before": first["reward_mean"],
       "after": last["reward_mean"],
       "label": last["split"].replace("_", "-"),
+      "lanes": _lanes(self._steps),
     }
 
   def _write_json(self, name: str, value: Any) -> None:

@@ -14,7 +14,7 @@ import numpy as np
 from digen_jax import assemble, auto_split, run_files
 from digen_jax.config import Config, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
-from digen_jax.errors import LaneLost
+from digen_jax.errors import LaneLost, UserError
 from digen_jax.evaluation import Evaluated, evaluate, select, setting
 from digen_jax.lanes import Team, check_lanes, divide, lane_axes, make_team
 from digen_jax.media import check_video_writer
@@ -36,9 +36,7 @@ from digen_jax.throughput import lane_throughput, unit_flops
 from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
-SAVED = (
-  "(the state before the step has been saved: the same command goes on from it)"
-)
+SAVED = "(the run's state has been saved: the same command goes on from it)"
 REVIEW_EVERY = 20  # steps; then it is seen anew whether stale units pay
 
 
@@ -171,17 +169,30 @@ class Run:
     return auto_split.measure(programs, step=0)
 
   def _fitting(self) -> Workload:
-    """The work in packs of as many trained steps as fit into memory."""
-    pipeline, pack = self.config.pipeline, self.work.pack
+    """The work in packs of as many trained steps as fit into memory.
+
+    Raises:
+      UserError: not even the smallest that the config allows does.
+    """
+    pipeline, work = self.config.pipeline, self.work
     kinds = {link.hardware.device_kind for link in self.team.links.values()}
-    if pipeline.tsp and not pipeline.timesteps_per_pack and kinds != {"cpu"}:
-      packs = [n for n in range(pack, 1, -1) if self.work.window % n == 0]
-      for pack in packs:
-        work = dataclasses.replace(self.work, pack=pack)
-        if self._program(self.team, work).fits(step=0):
-          return work
-      return dataclasses.replace(self.work, pack=1)
-    return self.work
+    if kinds == {"cpu"}:
+      return work
+    packs = [work.pack]
+    if pipeline.tsp and not pipeline.timesteps_per_pack:
+      packs = [n for n in range(work.pack, 0, -1) if work.window % n == 0]
+    for pack in packs:
+      trial = dataclasses.replace(work, pack=pack)
+      if self._program(self.team, trial).fits(step=0):
+        return trial
+    size = min(work.train_size or work.group_size, work.samples)
+    raise UserError(
+      f"a Train unit of {size} samples x {pack} trained steps does not fit into "
+      "the memory of a lane that trains: lower config.pipeline.train_size"
+      + (" or config.pipeline.timesteps_per_pack" if pack > 1 else "")
+      + ", set config.train.remat='block' or dtype.compute='bfloat16', or give "
+      "config.mesh.trainer more devices"
+    )
 
   def _assist(self) -> Assist:
     """Whether an idle lane should help: searched for, or always."""
@@ -249,7 +260,7 @@ class Run:
       self.held_out,
       self.held_out_conditioning,
       self.negative,
-      self.reward,
+      self.program.rate,
       self.step,
     )
     split = "held_out" if self.config.eval.prompts else "train"
@@ -263,8 +274,8 @@ class Run:
       Its line for metrics.jsonl, and its spans.
 
     Raises:
-      UnitError: a unit failed; the state before the step has been saved where
-        it still exists.
+      UnitError: a unit failed; the state before the step has been saved, or
+        after it if all its updates were done. Amid them there is neither.
     """
     start = time.perf_counter()
     self.program.begin_step(self.step)
@@ -275,11 +286,12 @@ class Run:
     except UnitError as error:
       self._failed = True
       with contextlib.suppress(LaneLost):  # then nothing is left to save
-        saved = not self.program.updated
-        if saved:
+        saved = self.program.whole()
+        if saved is not None:
+          self.step += saved
           self.save()
         self.trainer.call("wait").result()
-        if saved:
+        if saved is not None:
           error.add_note(SAVED)
       raise
     end = time.perf_counter()
@@ -397,7 +409,8 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
   Returns:
     {"before", "after", "label"}: reward of the starting policy and the last,
-    and on what: "held-out", or "train" where no other prompts are given.
+    and on what: "held-out", or "train" where no other prompts are given. And
+    {"lanes"}: how busy they were in the steps trained now, in a line.
 
   Raises:
     UserError: bad input; the directory is as it was.

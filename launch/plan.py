@@ -124,11 +124,11 @@ def _measured(config):  # noqa: ANN001, ANN202
   import tempfile
 
   from digen_jax import auto_split, plan_basis, run_files, training
-  from digen_jax.launching import start_devices
+  from digen_jax.launching import start_run_devices
   from digen_jax.parallel.mesh import row_devices
   from digen_jax.pipeline.cost_table import table_from_measured
 
-  start_devices(config.devices)
+  start_run_devices(config)
   with tempfile.TemporaryDirectory() as workdir:
     run = training.Run(config, workdir)
     measured = run.measure()

@@ -12,7 +12,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 
 from absl import flags
 
-from digen_jax.launching import config_flag, run_main, start_devices
+from digen_jax.launching import config_flag, run_main, start_run_devices
 
 _CONFIG = config_flag()
 _WORKDIR = flags.DEFINE_string(
@@ -23,15 +23,17 @@ flags.mark_flag_as_required("workdir")
 
 def main() -> None:
   config = _CONFIG.get()
-  start_devices(config.devices)
+  start_run_devices(config)
   from digen_jax import training
 
   result = training.train(config, _WORKDIR.value)
   before, after = result["before"], result["after"]
   workdir = _WORKDIR.value
+  lanes = f"lanes        {result['lanes']}\n" if result["lanes"] else ""
   print(
     f"\n{result['label']} reward {before:.3f} -> {after:.3f} "
     f"({after - before:+.3f})\n"
+    f"{lanes}"
     f"report       {workdir}/report.html\n"
     f"pictures     {workdir}/samples/\n"
     f"checkpoints  {workdir}/checkpoints/\n"

@@ -8,6 +8,7 @@ import pytest
 
 from digen_jax import auto_split, training
 from digen_jax.config import Config, Mesh, Pipeline, from_config_dict
+from digen_jax.errors import UserError
 from digen_jax.links import Hardware
 from digen_jax.pipeline.cost_table import (
   CostTable,
@@ -165,7 +166,7 @@ def test_a_run_is_placed_by_measured_costs_and_resumed_alike(
   run.close()
 
 
-@pytest.mark.parametrize(("room", "pack"), [(6, 6), (4, 3), (1, 1), (0, 1)])
+@pytest.mark.parametrize(("room", "pack"), [(6, 6), (4, 3), (1, 1)])
 def test_packs_are_as_large_as_memory_allows(room, pack):
   work = Workload(groups=2, group_size=2, window=6, pack=6)
 
@@ -188,5 +189,21 @@ def test_packs_are_as_large_as_memory_allows(room, pack):
     _program=Trial,
   )
   assert training.Run._fitting(run).pack == pack
-  run.config = from_config_dict({"pipeline": {"timesteps_per_pack": 2}})
+  room = 0
+  with pytest.raises(
+    UserError, match=r"2 samples x 1 trained .*train_size, set"
+  ):
+    training.Run._fitting(run)
+  run.config = from_config_dict({"pipeline": {"timesteps_per_pack": 3}})
+  run.work = work = dataclasses.replace(work, pack=3)
+  with pytest.raises(
+    UserError, match=r"x 3 trained .* or .*timesteps_per_pack"
+  ):
+    training.Run._fitting(run)
+  room = 3
+  assert training.Run._fitting(run) == work
+  run.team.links["trainer"] = types.SimpleNamespace(
+    hardware=dataclasses.replace(hardware, device_kind="cpu")
+  )
+  room = 0
   assert training.Run._fitting(run) is work

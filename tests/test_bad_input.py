@@ -13,10 +13,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from digen_jax import assets, training
+from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.lanes import lane_axes
 from digen_jax.pipeline.execute import UnitError
+from digen_jax.pipeline.units import Kind
 from tests.small_run import small_config
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -193,6 +195,43 @@ def test_a_reward_that_fails_later_leaves_a_checkpoint(prompts_file, tmp_path):
   job = training.Run(from_config_dict(config), tmp_path / "run")
   assert job.step == 0
   job.close()
+
+
+@pytest.mark.parametrize(
+  ("kind", "number", "kept"),
+  [(Kind.TRAIN, 0, 0), (Kind.UPDATE, 1, None), (Kind.PUBLISH, 0, 1)],
+)
+def test_what_fails_after_the_last_update_loses_no_step(
+  kind, number, kept, prompts_file, tmp_path
+):
+  config = small_config(prompts_file)
+  config.train.updates_per_batch = 2
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  config = from_config_dict(config)
+  job = training.Run(config, tmp_path)
+  job.save()
+  start = job.executor._starts[kind]
+
+  def broken(lane, unit):
+    if unit.update == number:
+      raise RuntimeError("the network is down")
+    return start(lane, unit)
+
+  job.executor._starts = job.executor._starts | {kind: broken}
+  with pytest.raises(UnitError, match=f"{kind.value} unit .* network") as told:
+    job.train_one_step()
+  notes = getattr(told.value, "__notes__", [])
+  assert notes == ([] if kept is None else [training.SAVED])
+  trained = to_host(job.trainer.island.state["trainable"])
+  job.close()
+  again = training.Run(config, tmp_path)
+  assert again.step == (kept or 0)
+  if kept is not None:
+    found = to_host(again.trainer.island.state["trainable"])
+    jax.tree.map(np.testing.assert_array_equal, found, trained)
+    sent = to_host(again.team.links["rollout"].island.published)
+    jax.tree.map(np.testing.assert_array_equal, sent, trained)
+  again.close()
 
 
 def launch(script, *args, **env):

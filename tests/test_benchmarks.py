@@ -28,7 +28,8 @@ from digen_jax.benchmarks import (
 from digen_jax.benchmarks.ladder import workload_config
 from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
-from digen_jax.pipeline.units import Kind, Unit
+from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
+from digen_jax.timeline import Span
 from digen_jax.weights import load, safetensors
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -155,6 +156,67 @@ class _Rung:
     self.steps.append(first)
     seconds, stolen = self.runs.pop(0)
     return ladder_summary.Ran([seconds] * 3, [], [], False, 0.0, stolen, {})
+
+
+def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
+  work = Workload(groups=4, group_size=2, window=2, pack=2)
+  rung = types.SimpleNamespace(work=work)
+  seconds = {Kind.GENERATE: 3.0, Kind.TRAIN: 2.0, Kind.UPDATE: 1.0}
+
+  def ran(step, speed, version=1):
+    spans = [
+      Span(
+        unit.kind.value,
+        "rollout" if unit.kind == Kind.GENERATE else "trainer",
+        0.0,
+        speed * seconds.get(unit.kind, 0.0),
+        {"size": unit.size, "step": 1, "version": version},
+      )
+      for unit in step_units(work, 1)
+    ]
+    return ladder_summary.Ran([step * speed], spans, [], False, 0.0, 0.0, {})
+
+  found = {
+    name: [ran(8.0, 1.0), ran(8.0, 2.0)] for name in ladder_summary.RUNGS
+  }
+  found["tag"] = [ran(10.0, 0.5, version=0), ran(10.0, 1.0, version=0)]
+  rungs = dict.fromkeys(found, rung)
+  assert ladder_summary._ratios_to_before(found, "tag") == [1.6, 1.6]
+  took = {n: ladder_summary._took(found[n][0].spans) for n in found}
+  common = {n: ladder_summary._common_work(n, rungs, took) for n in found}
+  ratios = ladder_summary._ratios_at_equal_costs(rungs, found, common, "tag")
+  assert ratios == pytest.approx([0.8, 0.8])
+  moved = ladder_summary._moved(found["tag"])
+  assert list(moved.values()) == [0.0, 0.0, 4.0]
+
+
+def test_the_ladder_as_a_page():
+  def ran(seconds):
+    spans = [
+      Span("train", "trainer", 7.0 + k, 7.5 + k, {"step": k}) for k in range(3)
+    ] + [
+      Span("publish", "trainer", 7.5 + k, 7.6 + k, {"step": k})
+      for k in range(3)
+    ]
+    accounting = {"trainer": {"busy": 0.5 * seconds}}
+    return ladder_summary.Ran(
+      [seconds] * 3, spans, [], False, 0.0, 0.0, accounting
+    )
+
+  names = ladder_summary.RUNGS
+  table = {
+    "bound_seconds": 0.5,
+    "rungs": {n: {"median_seconds": 2.0 - i / 4} for i, n in enumerate(names)},
+  }
+  found = {n: [ran(9.0), ran(1.0)] for n in names}
+  html = ladder_summary.ladder_page(
+    {"balanced": ladder_summary.picture(table, found)}
+  )
+  assert "<h2>balanced</h2>" in html
+  assert "0.5 s · 100% · 3.50×" in html  # TCSS, of the bound, to sequential
+  assert 'data-name="+ TCSS · 1 s"' in html and "trainer 50%" in html
+  last = html.rsplit('data-name="+ TCSS', 1)[1]
+  assert last[: last.index("</svg>")].count("<title>train · 0.5 s") == 1
 
 
 def test_what_others_disturbed_is_run_again_next_to_its_neighbours():

@@ -3,6 +3,8 @@
 import concurrent.futures
 import os
 import signal
+import subprocess
+import sys
 import types
 
 import jax
@@ -11,11 +13,22 @@ import pytest
 
 from digen_jax import cluster, serving, training
 from digen_jax.config import from_config_dict
-from digen_jax.errors import UserError
+from digen_jax.errors import LaneLost, UserError
 from digen_jax.evaluation import NOISE_SEED
+from digen_jax.lanes import lane_axes
 from digen_jax.links import Hardware
 from digen_jax.pipeline.execute import UnitError
 from tests.small_run import distance, small_config
+
+
+def fake_cluster(*hosts, free=None):
+  """What Ray says of hosts with these resources, all of them free."""
+  nodes = [{"Alive": True, "Resources": host} for host in hosts]
+  gone = {"Alive": False, "Resources": {"GPU": 64.0, "TPU": 4.0}}
+  gpus = sum(host.get("GPU", 0.0) for host in hosts) if free is None else free
+  return types.SimpleNamespace(
+    nodes=lambda: [*nodes, gone], available_resources=lambda: {"GPU": gpus}
+  )
 
 
 @pytest.mark.parametrize(
@@ -29,7 +42,7 @@ from tests.small_run import distance, small_config
 )
 def test_cores_are_shared_by_devices(monkeypatch, cores, counts, shares):
   monkeypatch.setattr("os.sched_getaffinity", lambda _: set(cores))
-  ray = types.SimpleNamespace(cluster_resources=dict)
+  ray = fake_cluster({"CPU": 8.0})
   axes = {"rollout": {"data": counts[0]}, "trainer": {"fsdp": counts[1]}}
   sites = cluster.place(ray, axes)
   assert tuple(site.cores for site in sites.values()) == shares
@@ -37,12 +50,95 @@ def test_cores_are_shared_by_devices(monkeypatch, cores, counts, shares):
 
 
 def test_gpus_are_left_to_ray():
-  ray = types.SimpleNamespace(cluster_resources=lambda: {"GPU": 4.0})
+  ray = fake_cluster({"GPU": 4.0})
   axes = {"rollout": {"data": 1}, "trainer": {"fsdp": 2, "tensor": 1}}
   sites = cluster.place(ray, axes)
   assert [s.gpus for s in sites.values()] == [True, True]
   assert [s.devices for s in sites.values()] == [1, 2]
   assert all(site.cores == () for site in sites.values())
+
+
+def test_gpus_that_others_have_are_not_waited_for_without_end(monkeypatch):
+  monkeypatch.setattr(cluster, "FREE_SECONDS", 0.06)
+  axes = {"rollout": {"data": 2}, "trainer": {"fsdp": 2}}
+  with pytest.raises(UserError, match="needs 4 GPUs, and 3 of the cluster's"):
+    cluster.place(fake_cluster({"GPU": 8.0}, free=3.0), axes)
+  free = iter([0.0, 2.0, 4.0])  # as a run that was stopped lets them go
+  ray = fake_cluster({"GPU": 8.0})
+  ray.available_resources = lambda: {"GPU": next(free)}
+  monkeypatch.setattr(cluster, "FREE_SECONDS", 60.0)
+  monkeypatch.setattr("time.sleep", lambda _: None)
+  assert cluster.place(ray, axes)["trainer"].gpus
+
+
+@pytest.mark.parametrize(
+  ("hosts", "rollout", "trainer", "message"),
+  [
+    ([4, 4], 6, 2, "gives the rollout lane 6 GPUs, and no host .* than 4"),
+    ([4, 4], "auto", "auto", r"several hosts \(their GPUs: \[4, 4\]\)"),
+    ([8], 2, 4, "uses 6 of 8 gpu devices"),
+    ([4, 4], [4, 4], 4, "but there are 8"),
+    ([4, 4], [3, 1], 4, None),
+    ([4, 4], 2, 2, None),  # others may have the rest
+    ([2], "auto", "auto", None),
+  ],
+)
+def test_meshes_must_fit_the_hosts_of_a_cluster(
+  monkeypatch, prompts_file, hosts, rollout, trainer, message
+):
+  ray = fake_cluster(*({"GPU": float(n)} for n in hosts))
+  monkeypatch.setattr(cluster, "start", lambda: ray)
+  config = small_config(prompts_file)
+  config.pipeline.lanes = "ray"
+  config.mesh.rollout, config.mesh.trainer = rollout, trainer
+  config = from_config_dict(config)
+  if message is None:
+    lane_axes(config)
+  else:
+    with pytest.raises(UserError, match=message):
+      lane_axes(config)
+
+
+def test_tpus_are_not_left_aside(monkeypatch, prompts_file):
+  monkeypatch.setattr(cluster, "start", lambda: fake_cluster({"TPU": 4.0}))
+  config = small_config(prompts_file)
+  config.pipeline.lanes = "ray"
+  with pytest.raises(UserError, match=r"TPUs: set .*lanes='local'"):
+    lane_axes(from_config_dict(config))
+
+
+def test_the_driver_of_actors_leaves_accelerators_to_them():
+  code = (
+    "from digen_jax.launching import start_run_devices\n"
+    "from digen_jax.config import Config, Pipeline\n"
+    "start_run_devices(Config(pipeline=Pipeline(lanes='{}'), devices=3))\n"
+    "import jax\n"
+    "print(jax.config.jax_platforms, jax.local_device_count())"
+  )
+  environment = {k: v for k, v in os.environ.items() if k != "JAX_PLATFORMS"}
+  said = [
+    subprocess.run(
+      [sys.executable, "-c", code.format(lanes)],
+      env=environment,
+      capture_output=True,
+      text=True,
+      check=True,
+    ).stdout.split()
+    for lanes in ("ray", "local")
+  ]
+  assert said[0] == ["cpu", "1"]
+  assert said[1][0] != "cpu"
+
+
+def test_a_lane_that_finds_no_place_ends_the_wait(monkeypatch):
+  monkeypatch.setattr(cluster, "START_SECONDS", 0.01)
+  waiting = types.SimpleNamespace(
+    describe=types.SimpleNamespace(remote=lambda: NeverMade())
+  )
+  link = object.__new__(cluster.RayLink)
+  link._actor, link._lane = waiting, "rollout"
+  with pytest.raises(LaneLost, match="'rollout' did not start within"):
+    _ = link.hardware
 
 
 def test_ray_missing_names_the_extra(monkeypatch):
@@ -86,6 +182,11 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
     served.call("generate")
   assert served.call("save") is None  # and the state can be saved after it
   assert "grad_norm" in served.call("update", 0)  # ... or the unit run again
+
+
+class NeverMade:
+  def future(self):
+    return concurrent.futures.Future()
 
 
 class Ref:

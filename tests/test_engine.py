@@ -93,3 +93,20 @@ def test_reference_learns_something(reference):
   assert distance(gradients[0], gradients[1]) > 0.1
   assert rows[0]["grad_norm"] > 0
   assert rows[0]["zero_std_groups"] < 6
+
+
+def test_evaluations_are_scored_by_the_threads_that_score(
+  prompts_file, tmp_path
+):
+  """Stale samples may be scored meanwhile; `reward_slots` bounds all calls."""
+  (tmp_path / "rewards.py").write_text(
+    "import threading\n"
+    "def aside(images, prompts):\n"
+    "  name = threading.current_thread().name\n"
+    "  return [float(name.startswith('reward'))] * len(prompts)\n"
+  )
+  config = split_config("gap+tsp", prompts_file)
+  config.reward = f"{tmp_path}/rewards.py:aside"
+  job = training.Run(from_config_dict(config), tmp_path / "run")
+  assert job.evaluate().rewards.min() == 1.0
+  job.close()

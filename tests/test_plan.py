@@ -91,6 +91,11 @@ def test_ledgers_and_figures_of_a_device_come_to_seconds():
   flops = model_costs.forward(wide.denoiser).flops
   shared = ledger_table(wide, H100, H100, 16).rollout
   assert shared.shards == 2
+  # Its devices divide a forward pass; each of them decodes the whole row.
+  half = dataclasses.replace(wide, itemsize=2)
+  alone = ledger_table(half, H100, H100, 16).rollout
+  assert alone.shards == 1
+  assert shared.decode.row == pytest.approx(2 * alone.decode.row)
   assert shared.generate.row == pytest.approx(
     20 * wide.passes * flops / (989e12 / 2 / 2) / 0.9
   )

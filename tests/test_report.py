@@ -206,6 +206,27 @@ def test_lanes_show_shares_and_bubbles(workdir):
   assert "group 3 · unit 0:16 · version 11" in last
 
 
+def test_an_evaluation_amid_stale_units_is_no_time_of_a_step(workdir):
+  """They began in step 10; the trainer waits for them when step 11 begins."""
+  found = [
+    span
+    for span in spans()
+    if (span.args["step"], span.lane) != (11, "rollout")
+  ]
+  stale = {"step": 11, "group": 0, "unit": "0:64", "version": 10}
+  found.append(Span("generate", "rollout", 53.0, 55.5, stale))
+  write_trace(workdir / "timeline.json", found)
+  lines = [json.dumps(row | {"step_seconds": 4.25}) for row in rows()]
+  (workdir / "metrics.jsonl").write_text("\n".join(lines))
+  page = report(workdir)
+  names = page.attributes("div", "data-name")
+  assert "step 11 · 4.25 s" in names and "step 10 · 4.25 s" in names
+  titles = page.attributes("i", "title")
+  # Steps of 4.25 s; in the last two the rollout works 3 s and 0.75 s.
+  busy = (11 * 2.0 + 1.0 + 0.75) / (12 * 4.25)
+  assert f"busy {busy:.1%}" in titles
+
+
 def test_lanes_show_their_throughput_where_it_is_known(workdir):
   assert "TFLOP/s" not in report(workdir).html
   lines = [

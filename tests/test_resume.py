@@ -55,7 +55,7 @@ def test_resumed_run_equals_the_uninterrupted_one(stopped, tmp_path):
   config.checkpoint_every = 2
   training.train(from_config_dict(config), tmp_path / "whole")
   shutil.copytree(stopped[1], tmp_path / "parts")
-  training.train(from_config_dict(config), tmp_path / "parts")
+  result = training.train(from_config_dict(config), tmp_path / "parts")
   whole = final_params(config, tmp_path / "whole")
   parts = final_params(config, tmp_path / "parts")
   jax.tree.map(np.testing.assert_array_equal, whole, parts)
@@ -65,6 +65,10 @@ def test_resumed_run_equals_the_uninterrupted_one(stopped, tmp_path):
   assert [r["step"] for r in rows[1]] == [0, 1, 2]
   for name in ("reward_mean", "grad_norm", "ratio_mean"):
     assert [r[name] for r in rows[0]] == [r[name] for r in rows[1]]
+  row = rows[1][-1]  # all that was trained this time
+  busy = [f"{n} {part:.0%} busy" for n, part in row["busy_fraction"].items()]
+  assert result["lanes"].startswith(", ".join(busy))
+  assert f"; {row['step_seconds']:.3g} s a step" in result["lanes"]
 
 
 @pytest.mark.slow

@@ -394,7 +394,9 @@ def test_evaluations_are_scored_in_slices(most, size, monkeypatch):
   images = np.random.default_rng(0).integers(0, 256, (19, 4, 4, 3), np.uint8)
   prompts = ["x" * i for i in range(19)]
   reward = compose([(brightness, 0.5)])
-  found = evaluation.evaluate(lambda *_: images, prompts, None, None, reward, 3)
+  found = evaluation.evaluate(
+    lambda *_: images, prompts, None, None, reward.score, 3
+  )
   assert max(seen) == size and sum(seen) == 19
   expected = images.astype(np.float32).mean((1, 2, 3)) / 255 + np.arange(19)
   np.testing.assert_allclose(found.parts["brightness"], expected, rtol=1e-6)

@@ -241,6 +241,24 @@ def test_stale_units_hide_the_end_of_a_step():
     assert sum(s.args["step"] == step for s in late) <= 6
 
 
+def test_stale_samples_are_scored_after_those_of_the_step():
+  work = Workload(groups=6, group_size=4, window=1, gap=True, stale=3)
+  slow = Lane("slow", frozenset({Kind.GENERATE}))
+  host = Lane("host", frozenset({Kind.SCORE}))  # one call at a time
+
+  def cost(lane, unit):
+    if unit.kind == Kind.GENERATE:
+      return 30.0 if lane == "slow" else 5.0
+    return 9.0 if unit.kind == Kind.SCORE else 0.5
+
+  spans = run(work, (slow, *lanes()[:2], host), cost, steps=3)
+  scores = [s for s in spans if s.name == Kind.SCORE]
+  for step in (0, 1):
+    last = max(s.start for s in scores if s.args["step"] == step)
+    assert last <= min(s.start for s in scores if s.args["step"] == step + 1)
+  assert any(s.args["version"] < s.args["step"] for s in scores)
+
+
 def test_without_tcss_nothing_is_stale():
   spans = run(WORK, lanes(tag=True, rat=True), costs(), steps=3)
   assert all(
@@ -418,6 +436,24 @@ def test_a_search_out_of_budget_is_no_slower_than_idling():
   assert end(run(WORK, team, cost, assist=search)) <= end(
     run(WORK, lanes(), cost)
   )
+
+
+@pytest.mark.parametrize(("generate", "train"), [(6.0, 1.0), (1.0, 6.0)])
+def test_where_a_simulation_takes_too_long_all_or_nothing_is_decided_once(
+  generate, train
+):
+  cost, team = costs(generate, train, switch=1.0), lanes(tag=True)
+  work = Workload(groups=96, group_size=4, window=1, gap=True)
+  clock = itertools.count().__next__  # a second for whoever looks at it
+  search = Search(team, cost, Budget(seconds=0.5), clock)
+  with mock.patch.object(search, "_simulate", wraps=search._simulate) as looks:
+    searched = end(run(work, team, cost, assist=search))
+  assert looks.call_count == 2
+  idling, helping = (end(run(work, t, cost)) for t in (lanes(), team))
+  assert searched == min(idling, helping)
+  with mock.patch.object(search, "_simulate", wraps=search._simulate) as looks:
+    run(work, team, cost, steps=3, assist=search)
+  assert looks.call_count == 4  # steps 1 and 2 anew; 0 was decided
 
 
 def test_the_search_tries_everything_and_one_unit_first():

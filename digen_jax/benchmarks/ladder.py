@@ -23,6 +23,8 @@ from digen_jax.benchmarks.ladder_summary import (
   RUNGS,
   Ran,
   Took,
+  ladder_page,
+  picture,
   rows,
   summarize,
 )
@@ -45,7 +47,7 @@ from digen_jax.pipeline.units import (
 )
 from digen_jax.program import Program
 from digen_jax.rewards.compose import compose, parse
-from digen_jax.timeline import Span, lane_accounting
+from digen_jax.timeline import Span, lane_accounting, write_text
 
 # What each rung adds to the one before.
 SWITCHES: Mapping[str, Mapping[str, Any]] = {
@@ -92,7 +94,7 @@ def run(
   group_size: int = 16,
   report: Callable[[str], None] = print,
 ) -> dict[str, Any]:
-  """Measures the ladder; writes `ladder.json` and `ladder.md`.
+  """Measures the ladder; writes `ladder.json`, `ladder.md` and `ladder.html`.
 
   Args:
     workdir: directory for them.
@@ -111,6 +113,7 @@ def run(
   ray = cluster.start()
   result: dict[str, Any] = {}
   tables: dict[str, Any] = {}
+  pictures: dict[str, str] = {}
   for name in workloads:
     config = workload_config(name, groups, group_size)
     lanes = _Lanes(ray, config)
@@ -121,11 +124,14 @@ def run(
         program = rungs["rat"].program
         args = {lane: program.first_pack(lane) for lane in lanes.pair}
         result = check_overlap(lanes.links, args, report)
-      tables[name] = summarize(rungs, *_repeat(rungs, repetitions, report))
+      ran, aside = _repeat(rungs, repetitions, report)
+      tables[name] = summarize(rungs, ran, aside)
+      pictures[name] = picture(tables[name], ran)
     finally:
       lanes.stop()
   result |= {"workloads": tables}
   output.save(workdir, "ladder", rows(result), result)
+  write_text(Path(workdir) / "ladder.html", ladder_page(pictures))
   return result
 
 

@@ -20,7 +20,7 @@ from digen_jax.device_costs import (
   assumptions,
   ledger_table,
 )
-from digen_jax.ladder import ladder_chart, prediction_panels
+from digen_jax.ladder import ladder_chart, timeline_panels
 from digen_jax.models.costs import DENOISERS
 from digen_jax.models.published import find_model
 from digen_jax.models.vae.costs import DECODERS
@@ -222,7 +222,7 @@ def _page(
   for title, rungs in shown.items():
     seconds = {name: p.step_seconds for name, p in rungs.items()}
     bound = next(iter(rungs.values())).bound_seconds
-    chart = ladder_chart(seconds, bound) + prediction_panels(rungs)
+    chart = ladder_chart(seconds, bound) + timeline_panels(rungs)
     parts.append(section(title, chart))
   facts = "".join(f"<li>{line}</li>" for line in lines)
   parts.append(section("Assumed", f'<ul class="facts">{facts}</ul>'))

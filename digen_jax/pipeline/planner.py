@@ -14,7 +14,7 @@ from digen_jax.pipeline.cost_table import CostTable, Place, lane_costs
 from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.search import Budget, Search
 from digen_jax.pipeline.simulate import Assist, Cost, always, never
-from digen_jax.pipeline.steady import end, large, stale_or_not, steady
+from digen_jax.pipeline.steady import end, in_the_long_run, large
 from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.timeline import Accounting, Span, lane_accounting
 
@@ -165,7 +165,7 @@ def cut(work: Workload, split: Split, techniques: Techniques) -> Workload:
     train_size=split.train_size,
     pack=split.pack if techniques.tsp else 1,
     gap=techniques.gap,
-    stale=0 if techniques.colocated else round(techniques.tcss * count),
+    stale=round(techniques.tcss * count),
   )
 
 
@@ -195,12 +195,12 @@ def predict(
   if reason := why_not(table, work, split, techniques):
     raise UserError(reason)
   work, lanes, places, cost = lay_out(table, work, split, techniques)
-  runs = [
-    steady(trial, lanes, cost, assist)
-    for trial in stale_or_not(work)
-    for assist in _assists(trial, lanes, cost, techniques)
-  ]
-  run = min(runs, key=lambda run: run.step_seconds)
+  run = in_the_long_run(
+    work,
+    lanes,
+    cost,
+    lambda trial: _assists(trial, lanes, cost, techniques),
+  )
   wall = end(run.spans)
   parts = lane_accounting(run.spans, places, 0.0, wall)
   return Prediction(

@@ -233,8 +233,12 @@ def _stale(state: State, lane: Lane, left: bool) -> Unit | None:
   if state.ahead is None:
     return None
   kinds = plan(state.work).kinds
-  if Kind.SCORE in lane.kinds and (
-    unit := _first(state, state.ahead, Kind.SCORE)
+  # After all of this step, which will ask for the same slots.
+  begun = not kinds[Kind.SCORE] & ~state.now.started
+  if (
+    Kind.SCORE in lane.kinds
+    and begun
+    and (unit := _first(state, state.ahead, Kind.SCORE))
   ):
     return unit
   if Kind.GENERATE not in lane.kinds:

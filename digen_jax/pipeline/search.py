@@ -15,18 +15,22 @@ accuracy of the costs the search is never slower than not assisting.
 
 All units and one are tried first, then what lies between. The search over n is
 cut short where nothing more can be gained (a lower bound is reached) and by a
-budget; a state in which nothing pays is decided once.
+budget; a state in which nothing pays is decided once. Where a step has so many
+units that a single simulation uses the budget up, all or nothing is decided,
+once in the step.
 """
 
 import collections
 import dataclasses
 import itertools
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 
 from digen_jax.pipeline.scheduler import Lane, State
 from digen_jax.pipeline.simulate import Cost, Left, simulate
+from digen_jax.pipeline.steady import large
 from digen_jax.pipeline.units import Kind, Unit, plan, step_units
 
 GAIN = 1e-3  # relative; less than this is rounding, not time
@@ -79,6 +83,7 @@ class Search:
     self.lanes, self.cost, self.budget = tuple(lanes), cost, budget
     self._clock = clock
     self._step = -1
+    self._whole: bool | None = None  # the answer for all of the step
     self._committed: dict[str, int] = {}
     self._refused: collections.OrderedDict[tuple, None] = (
       collections.OrderedDict()
@@ -94,7 +99,9 @@ class Search:
       left: seconds that the units under way still need.
     """
     if state.step != self._step:
-      self._step, self._committed = state.step, {}
+      self._step, self._committed, self._whole = state.step, {}, None
+    if self._whole is not None:
+      return self._whole
     if self._committed.get(lane.name, 0) <= 0:
       promises = tuple(sorted(self._committed.items()))
       key = (state.now, state.running, lane.name, promises)
@@ -118,6 +125,10 @@ class Search:
     deadline = self._clock() + self._patience(state)
     best: dict[str, int] = {}
     soonest = self._simulate(state, lane, 0, left, False)[0] * (1 - GAIN)
+    if large(state.work) and self._clock() > deadline:
+      seconds, plan = self._simulate(state, lane, sys.maxsize, left, True)
+      self._whole = seconds < soonest
+      return plan if self._whole else {}
     least = math.inf  # of plans that end alike, the one that decides least
     bound = self._bound(state, left)
     tries = itertools.product(self._quotas(state, unit), (False, True))

@@ -19,7 +19,7 @@ from digen_jax.pipeline.planner import (
   why_not,
 )
 from digen_jax.pipeline.simulate import always, never
-from digen_jax.pipeline.steady import STEPS, stale_or_not, steady
+from digen_jax.pipeline.steady import STEPS, in_the_long_run
 from digen_jax.pipeline.units import Workload
 
 TRIAL_UNITS = 60_000  # simulated by `best_split`, about
@@ -157,11 +157,8 @@ def _quick(
   """Seconds of a step, without a search at each bubble."""
   work, lanes, _, cost = lay_out(table, work, split, techniques)
   helps = techniques.bts and (techniques.tag or techniques.rat)
-  return min(
-    steady(trial, lanes, cost, assist).step_seconds
-    for trial in stale_or_not(work)
-    for assist in ((always, never) if helps else (always,))
-  )
+  ways = (always, never) if helps else (always,)
+  return in_the_long_run(work, lanes, cost, lambda _: ways).step_seconds
 
 
 def _candidates(

@@ -4,7 +4,7 @@ Of a running state to its end, and in the long run where steps overlap.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from digen_jax.pipeline import bounds
 from digen_jax.pipeline.scheduler import Lane, State, start_step
@@ -16,7 +16,7 @@ from digen_jax.pipeline.simulate import (
   never,
   simulate,
 )
-from digen_jax.pipeline.units import Workload
+from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.timeline import Span
 
 STEPS = (3, 9)  # simulated where steps overlap; see `steady`
@@ -24,6 +24,9 @@ FEWER_STEPS = (2, 4)  # where they have more than `SEARCHED_UNITS`
 # Where a step has more units than this, idle lanes assist always or never,
 # whichever is better: a search at every bubble would take minutes.
 SEARCHED_UNITS = 100
+# Part of a step that stale units must save: costs are noisy, and samples of the
+# version before are no better than fresh ones.
+WORTH = 0.02
 
 
 def quick_end(
@@ -60,29 +63,47 @@ def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
     lanes: who executes.
     cost: seconds of a unit on a lane.
   """
-  if not work.stale:
-    return False
   helps = any(lane.assists for lane in lanes)
-  with_stale, without = (
-    min(
-      steady(trial, lanes, cost, assist).step_seconds
-      for assist in ((always, never) if helps else (always,))
-    )
-    for trial in stale_or_not(work)
+  found = in_the_long_run(
+    work, lanes, cost, lambda _: (always, never) if helps else (always,)
   )
-  return with_stale < without
+  return found.work.stale > 0
 
 
-def stale_or_not(work: Workload) -> list[Workload]:
-  """Stale units are not started where they do not pay; see `stale_pays`."""
-  off = [dataclasses.replace(work, stale=0)] if work.stale else []
-  return [work, *off]
+def in_the_long_run(
+  work: Workload,
+  lanes: Sequence[Lane],
+  cost: Cost,
+  assists: Callable[[Workload], Sequence[Assist]],
+) -> "Steady":
+  """The best of some ways to assist, with stale units only where they pay.
+
+  They do where they make a step shorter by `WORTH`.
+
+  Args:
+    work: what a step consists of.
+    lanes: who executes.
+    cost: seconds of a unit on a lane.
+    assists: the ways, of the workload with stale units and without.
+  """
+
+  def best(trial: Workload) -> Steady:
+    ways = (steady(trial, lanes, cost, assist) for assist in assists(trial))
+    return min(ways, key=lambda way: way.step_seconds)
+
+  fresh = best(dataclasses.replace(work, stale=0))
+  if not work.stale:
+    return fresh
+  overlapping = best(work)
+  pays = overlapping.step_seconds < (1 - WORTH) * fresh.step_seconds
+  return overlapping if pays else fresh
 
 
 @dataclasses.dataclass(frozen=True)
 class Steady:
   """Simulated steps, and seconds of one of them in the long run."""
 
+  work: Workload
   spans: list[Span]
   step_seconds: float
 
@@ -97,7 +118,7 @@ def steady(
   """
   if not work.stale:
     spans = simulate(start_step(work, 0), lanes, cost, assist=assist)
-    return Steady(spans, end(spans))
+    return Steady(work, spans, end(spans))
   counts = FEWER_STEPS if large(work) else STEPS
   few, many = (
     simulate(
@@ -109,15 +130,13 @@ def steady(
     )
     for steps in counts
   )
-  return Steady(many, (end(many) - end(few)) / (counts[1] - counts[0]))
+  return Steady(work, many, (end(many) - end(few)) / (counts[1] - counts[0]))
 
 
 def large(work: Workload) -> bool:
   """Whether steps have so many units that simulations must be few."""
-  return (
-    bounds.train_units(work) + work.samples // work.generate_size
-    > SEARCHED_UNITS
-  )
+  generating = work.samples // full_sizes(work)[Kind.GENERATE]
+  return bounds.train_units(work) + generating > SEARCHED_UNITS
 
 
 def end(spans: Sequence[Span]) -> float:
