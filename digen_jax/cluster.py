@@ -15,14 +15,12 @@ import math
 import os
 import pickle
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from digen_jax.config import Config
 from digen_jax.errors import LaneLost, UserError
 from digen_jax.links import Hardware
-from digen_jax.pipeline.execute import START_SECONDS
 from digen_jax.pipeline.scheduler import Lane
 
 FREE_SECONDS = 60.0  # that others may take to let GPUs go
@@ -36,13 +34,20 @@ class Site:
     axes: sizes of its mesh axes.
     devices: how many devices that is.
     cores: processor cores it is pinned to; empty leaves it free.
-    gpus: whether its devices are GPUs that Ray hands out.
+    group: placement group with GPUs for all lanes; None on processors.
+    bundle: which part of it is this lane's.
   """
 
   axes: Mapping[str, int]
   devices: int
   cores: tuple[int, ...] = ()
-  gpus: bool = False
+  group: Any = None
+  bundle: int = 0
+
+  @property
+  def gpus(self) -> bool:
+    """Whether its devices are GPUs, which Ray hands out."""
+    return self.group is not None
 
 
 def start() -> Any:
@@ -94,26 +99,35 @@ def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
     meshes: axis sizes by lane name.
 
   Raises:
-    UserError: others have the GPUs, and do not let them go for a minute.
+    UserError: the cluster has TPUs, or its GPUs cannot be had.
   """
   counts = {name: math.prod(axes.values()) for name, axes in meshes.items()}
   if gpus(ray):
-    _await_gpus(ray, sum(counts.values()))
-    return {n: Site(meshes[n], counts[n], gpus=True) for n in meshes}
+    group = _reserve(ray, counts)
+    return {
+      name: Site(meshes[name], counts[name], group=group, bundle=i)
+      for i, name in enumerate(meshes)
+    }
   shares = _share(sorted(os.sched_getaffinity(0)), counts)
   return {n: Site(meshes[n], counts[n], shares[n]) for n in meshes}
 
 
-def _await_gpus(ray: Any, count: int) -> None:
-  """Actors that have been stopped may still hold theirs for a while."""
-  deadline = time.monotonic() + FREE_SECONDS
-  while (free := int(ray.available_resources().get("GPU", 0))) < count:
-    if time.monotonic() > deadline:
-      raise UserError(
-        f"config.mesh needs {count} GPUs, and {free} of the cluster's are free: "
-        "end what uses the others, or give mesh.rollout and mesh.trainer fewer"
-      )
-    time.sleep(FREE_SECONDS / 60)
+def _reserve(ray: Any, counts: Mapping[str, int]) -> Any:
+  """A placement group: the GPUs of each lane on one host, all of them or none.
+
+  Actors that have been stopped may still hold theirs for a while.
+  """
+  group = ray.util.placement_group([{"GPU": n} for n in counts.values()])
+  if group.wait(FREE_SECONDS):
+    return group
+  ray.util.remove_placement_group(group)
+  free = int(ray.available_resources().get("GPU", 0))
+  lanes = " + ".join(f"{n} ({name})" for name, n in counts.items())
+  raise UserError(
+    f"config.mesh asks for {lanes} GPUs, each lane's on one host; the hosts "
+    f"have {gpus(ray)}, of which {free} are free: end what uses the others, or "
+    "give mesh.rollout and mesh.trainer fewer"
+  )
 
 
 def _share(
@@ -199,29 +213,26 @@ class RayLink:
       lane: what it does.
       site: where.
     """
-    self._ray, self._lane = ray, lane.name
-    gpus = site.devices if site.gpus else 0
-    server = ray.remote(_server_class()).options(num_cpus=0, num_gpus=gpus)
+    self._ray, self._lane, self._group = ray, lane.name, site.group
+    where: dict[str, Any] = {}
+    if site.gpus:
+      from ray.util.scheduling_strategies import (
+        PlacementGroupSchedulingStrategy as Strategy,
+      )
+
+      strategy = Strategy(site.group, placement_group_bundle_index=site.bundle)
+      where = {"num_gpus": site.devices, "scheduling_strategy": strategy}
+    server = ray.remote(_server_class()).options(num_cpus=0, **where)
+    told = {"axes": site.axes, "devices": site.devices}
+    told |= {"cores": site.cores, "gpus": site.gpus}
     payload = pickle.dumps((config, lane))
-    self._start = lambda: server.remote(dataclasses.asdict(site), payload)
+    self._start = lambda: server.remote(told, payload)
     self._actor = self._start()
 
   @functools.cached_property
   def hardware(self) -> Hardware:
-    """What the island runs on; waits until it is there.
-
-    Raises:
-      LaneLost: the actor has died, or found no place to start in.
-    """
-    answer = self._remote(self._actor.describe.remote())
-    concurrent.futures.wait([answer.future], START_SECONDS)
-    if not answer.ready():
-      raise LaneLost(
-        self._lane,
-        f"lane {self._lane!r} did not start within {START_SECONDS / 60:.0f} "
-        "minutes: see `ray status` for what it waits for",
-      )
-    return answer.result()
+    """What the island runs on; waits until it is there."""
+    return self._remote(self._actor.describe.remote()).result()
 
   def call(self, method: str, *args: Any) -> Remote:
     """Calls a method of the island."""
@@ -239,13 +250,15 @@ class RayLink:
 
   def restart(self) -> bool:
     """Starts the actor anew; all that it has is what it loads."""
-    self.stop()
+    self._ray.kill(self._actor)
     self._actor = self._start()
     return True
 
   def stop(self) -> None:
-    """Ends the actor."""
+    """Ends the actor, and gives back the GPUs that were taken for all lanes."""
     self._ray.kill(self._actor)
+    if self._group is not None:
+      self._ray.util.remove_placement_group(self._group)
 
   def _remote(self, ref: Any) -> Remote:
     return Remote(ref, self._lane)

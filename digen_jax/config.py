@@ -141,8 +141,8 @@ class Pipeline:
       what there is.
     tcss: stale fraction: up to this part of a step's Generate units may start
       with the version before, while that is trained on; 0 is off. None do in
-      the step before a checkpoint, and as long as the measured costs say that
-      it would not pay. What a run learns then depends on timing.
+      the step before a checkpoint, and where the measured costs say that it
+      would not make steps 2 % shorter. What a run learns then depends on timing.
     tag_layout: in which layout a trainer generates: "trainer" (parameters are
       gathered layer by layer in every step), "rollout" (resharded for a block
       of units), or "auto", by measured cost.

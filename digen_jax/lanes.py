@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 
 import jax
@@ -74,7 +75,7 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
 
   Raises:
     UserError: the devices do not suffice, accelerators would stay idle, a lane
-      is larger than a host, or Ray is wanted and not installed.
+      is larger than a host, or Ray is wanted and not installed or has TPUs.
   """
   mesh, mode = config.mesh, config.pipeline.mode
   hosts: list[int] = []
@@ -96,12 +97,14 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
   counts = {name: math.prod(sizes.values()) for name, sizes in axes.items()}
   used = sum(counts.values())
   # Nobody means that; but virtual devices of a CPU cost nothing, and a cluster
-  # of several hosts may work for others, too.
-  if used < available and kind != "cpu" and len(hosts) < 2:
+  # may work for others, too.
+  shared = len(hosts) > 1 or (hosts and "RAY_ADDRESS" in os.environ)
+  if used < available and kind != "cpu" and not shared:
     raise UserError(
       f"config.mesh uses {used} of {available} {kind} devices: "
       "give one of the roles the others ('auto'), or hide them, e.g. with "
-      "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES"
+      "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES; a cluster of Ray that is "
+      "shared is named by RAY_ADDRESS"
     )
   for name, count in counts.items() if hosts else ():
     if count > max(hosts):

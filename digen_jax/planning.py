@@ -235,7 +235,7 @@ def _packed(
   split: Split,
   techniques: Techniques,
 ) -> Split:
-  """The split with packs as `training.Run` cuts them: to what fits, or to 1."""
+  """The split with packs as `training.Run` cuts them: to what fits."""
   if config.pipeline.timesteps_per_pack or not techniques.tsp:
     return split
   packs = [n for n in range(split.pack, 0, -1) if work.window % n == 0]

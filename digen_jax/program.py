@@ -107,7 +107,8 @@ class Program:
     self._receipts: dict[str, Pending] = {}
     self._parcel: Pending | None = None  # that version, for lanes that die
     self._loading: set[str] = set()  # lanes that were started anew
-    self._updates: list[Pending] = []  # of the step, that have begun
+    self._begun = 0  # updates of the step
+    self._updates: list[Pending] = []
     self.resharded_blocks = False
     sampling = config.sampling
     self._step_weights = np.ones(sampling.num_steps, np.float32)
@@ -142,7 +143,7 @@ class Program:
     self._summed = 0
     self._added = 0  # calls since the last update
     self._interim: Pending | None = None  # weights between two updates
-    self._updates = []
+    self._begun, self._updates = 0, []
 
   def _of(self, step: int) -> Samples:
     """The samples of a step; of a new one its prompts and windows are drawn."""
@@ -404,6 +405,7 @@ class Program:
       raise RuntimeError(
         f"the gradient of samples {missing[0].start}:{missing[0].stop} is missing"
       )
+    self._begun += 1
     metrics = self.links[lane].call("update", self._added)
     self._updates.append(metrics)
     self._added = 0
@@ -432,16 +434,17 @@ class Program:
     Raises:
       LaneLost: the trainer has died.
     """
-    if not self._updates:
+    if not self._begun:
       return 0
+    if len(self._updates) < self.work.updates:
+      return None
     try:
       norms = [float(i.result()["grad_norm"]) for i in self._updates]
     except LaneLost:
       raise
     except Exception:
       return None
-    ended = len(norms) == self.work.updates and np.isfinite(norms).all()
-    return 1 if ended else None
+    return 1 if np.isfinite(norms).all() else None
 
   def publish(self, lane: str, unit: Unit) -> Handle:
     """Copies what was trained to the rollout layout; verified before use.

@@ -185,7 +185,7 @@ class Run:
       trial = dataclasses.replace(work, pack=pack)
       if self._program(self.team, trial).fits(step=0):
         return trial
-    size = min(work.train_size or work.group_size, work.samples)
+    size = full_sizes(work)[Kind.TRAIN] // min(work.pack, work.window)
     raise UserError(
       f"a Train unit of {size} samples x {pack} trained steps does not fit into "
       "the memory of a lane that trains: lower config.pipeline.train_size"

@@ -182,10 +182,11 @@ def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
   found["tag"] = [ran(10.0, 0.5, version=0), ran(10.0, 1.0, version=0)]
   rungs = dict.fromkeys(found, rung)
   assert ladder_summary._ratios_to_before(found, "tag") == [1.6, 1.6]
-  took = {n: ladder_summary._took(found[n][0].spans) for n in found}
-  common = {n: ladder_summary._common_work(n, rungs, took) for n in found}
-  ratios = ladder_summary._ratios_at_equal_costs(rungs, found, common, "tag")
+  ratios = ladder_summary._ratios_at_equal_costs(rungs, found, "tag")
   assert ratios == pytest.approx([0.8, 0.8])
+  other = types.SimpleNamespace(work=dataclasses.replace(work, pack=1))
+  rungs["tsp"] = other  # units of another size
+  assert not ladder_summary._ratios_at_equal_costs(rungs, found, "tag")
   moved = ladder_summary._moved(found["tag"])
   assert list(moved.values()) == [0.0, 0.0, 4.0]
 

@@ -103,10 +103,11 @@ def test_evaluations_are_scored_by_the_threads_that_score(
     "import threading\n"
     "def aside(images, prompts):\n"
     "  name = threading.current_thread().name\n"
-    "  return [float(name.startswith('reward'))] * len(prompts)\n"
+    "  return [float(name.startswith('reward_'))] * len(prompts)\n"
   )
   config = split_config("gap+tsp", prompts_file)
   config.reward = f"{tmp_path}/rewards.py:aside"
+  config.pipeline.reward_timeout = 0.0  # else calls have threads of their own
   job = training.Run(from_config_dict(config), tmp_path / "run")
   assert job.evaluate().rewards.min() == 1.0
   job.close()

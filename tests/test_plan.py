@@ -501,6 +501,7 @@ def test_several_rollout_lanes_are_planned(rollout, trainer, split):
   assert list(plan.configured.lanes) == [*lanes, "trainer"]
   flags = planning.as_flags(plan.split, RUNGS["tcss"], TABLE)
   asked = re.search(r'mesh\.rollout="(\[.*?\])"', flags)[1]
+  assert "--config.pipeline.bts=True" in flags  # the config may say no
   again = from_config_dict({"mesh": {"rollout": asked, "trainer": split[1]}})
   assert planning.configured_split(again, WORK, 8) == plan.split
 

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from digen_jax.benchmarks import published
 from digen_jax.errors import UserError
 from digen_jax.ladder import ladder_chart, ladder_rows, ladder_text
-from digen_jax.pipeline import bounds
+from digen_jax.pipeline import bounds, steady
 from digen_jax.pipeline.cost_table import (
   CostTable,
   Measured,
@@ -40,7 +40,7 @@ from digen_jax.pipeline.planner import (
   why_not,
 )
 from digen_jax.pipeline.scheduler import start_step
-from digen_jax.pipeline.simulate import simulate
+from digen_jax.pipeline.simulate import always, simulate
 from digen_jax.pipeline.splits import best_split, best_splits
 from digen_jax.pipeline.steady import stale_pays
 from digen_jax.pipeline.units import (
@@ -319,6 +319,32 @@ def test_stale_units_pay_where_a_lane_waits_and_not_where_none_does():
   cost = lane_costs(TABLE, places)
   assert stale_pays(both, lanes, cost)
   assert not stale_pays(dataclasses.replace(both, stale=0), lanes, cost)
+
+
+def test_a_colocated_lane_samples_ahead_while_rewards_are_out():
+  slow = dataclasses.replace(TABLE, score=Rate(fixed=50.0))
+  split, alone = equal_split(WORK, 2), RUNGS["colocated"]
+  ahead = dataclasses.replace(alone, tcss=0.5)
+  before = predict(slow, WORK, split, alone)
+  after = predict(slow, WORK, split, ahead)
+  assert after.step_seconds < before.step_seconds
+  # As the run does, with the same lanes and work.
+  assert any(s.args["version"] < s.args["step"] for s in after.spans)
+
+
+def test_stale_units_that_would_save_little_are_not_started(monkeypatch):
+  split, techniques = equal_split(WORK, 2), RUNGS["tsp"]
+  fresh = cut(WORK, split, techniques)
+  both = dataclasses.replace(fresh, stale=4)
+  lanes, places = make_lanes(split, techniques)
+  cost = lane_costs(TABLE, places)
+  long, short = (
+    steady.steady(work, lanes, cost, always).step_seconds
+    for work in (fresh, both)
+  )
+  for worth, pays in ((-1e-3, True), (1e-3, False)):
+    monkeypatch.setattr(steady, "WORTH", 1 - short / long + worth)
+    assert stale_pays(both, lanes, cost) == pays
 
 
 def test_the_best_split_gives_more_devices_to_what_takes_longer():

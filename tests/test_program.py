@@ -3,6 +3,7 @@
 import dataclasses
 import types
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import pytest
 import digen_jax as dj
 from digen_jax.config import default_config, from_config_dict
 from digen_jax.data.prompts import PromptStream
+from digen_jax.errors import LaneLost
 from digen_jax.lanes import make_lanes, team_of
 from digen_jax.links import Hardware
 from digen_jax.pipeline.costs import Costs
@@ -270,6 +272,57 @@ def test_a_publish_does_not_wait_for_a_lane_that_loads(monkeypatch):
   assert awaited() == ["rollout0"]
   arrival.finish()
   assert awaited() == ["rollout0", "rollout1"]
+
+
+@pytest.mark.parametrize(
+  ("norms", "whole"),
+  [
+    ([], 0),
+    ([1.0], None),  # of two updates
+    ([1.0, 2.0], 1),
+    ([1.0, np.inf], None),
+    ([1.0, ValueError("out of memory")], None),
+  ],
+)
+def test_what_is_left_of_a_step_that_failed(norms, whole):
+  program, _, _ = program_of(assisting=False)
+  program.begin_step(2)
+  program._summed = len(program._order)  # all gradients are there
+  for update, norm in enumerate(norms):
+    pending = Done({"grad_norm": norm})
+    if isinstance(norm, Exception):
+      pending = types.SimpleNamespace(result=mock.Mock(side_effect=norm))
+    link = types.SimpleNamespace(call=lambda *_, pending=pending: pending)
+    program.links = {**program.links, "trainer": link}
+    program.update("trainer", Unit(Kind.UPDATE, 2, update=update))
+  assert program.whole() == whole
+
+
+def test_a_step_of_a_trainer_that_is_gone_is_not_whole():
+  program, _, _ = program_of(assisting=False)
+  program.begin_step(2)
+  program._summed = len(program._order)
+  lost = types.SimpleNamespace(result=mock.Mock(side_effect=LaneLost("", "")))
+  link = types.SimpleNamespace(call=lambda *_: lost)
+  program.links = {**program.links, "trainer": link}
+  for update in (0, 1):
+    program.update("trainer", Unit(Kind.UPDATE, 2, update=update))
+  with pytest.raises(LaneLost):
+    program.whole()
+
+
+def test_an_update_that_cannot_even_begin_leaves_nothing_whole():
+  program, _, _ = program_of(assisting=False)
+  program.begin_step(2)
+  program._summed = len(program._order)
+  broken = mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED"))
+  program.links = {
+    **program.links,
+    "trainer": types.SimpleNamespace(call=broken),
+  }
+  with pytest.raises(RuntimeError):
+    program.update("trainer", Unit(Kind.UPDATE, 2))
+  assert program.whole() is None
 
 
 def test_every_rollout_lane_is_sent_every_version():

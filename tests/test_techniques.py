@@ -249,9 +249,10 @@ def test_stale_samples_are_scored_after_those_of_the_step():
   def cost(lane, unit):
     if unit.kind == Kind.GENERATE:
       return 30.0 if lane == "slow" else 5.0
-    return 9.0 if unit.kind == Kind.SCORE else 0.5
+    return 1.0 if unit.kind == Kind.SCORE else 0.5
 
-  spans = run(work, (slow, *lanes()[:2], host), cost, steps=3)
+  # Stale samples are there while the slow lane is at the first of the step.
+  spans = run(work, (slow, *lanes(tag=True)[:2], host), cost, steps=3)
   scores = [s for s in spans if s.name == Kind.SCORE]
   for step in (0, 1):
     last = max(s.start for s in scores if s.args["step"] == step)

@@ -160,6 +160,11 @@ class _Lanes:
   def __init__(self, ray: Any, config: Config):
     every = dataclasses.replace(config.pipeline, tag=True, rat=True)
     one = dataclasses.replace(config.pipeline, mode="colocated")
+    if cluster.gpus(ray):
+      raise UserError(
+        "the ladder measures two processor cores, and Ray found GPUs: hide them "
+        "with CUDA_VISIBLE_DEVICES=''"
+      )
     sites = cluster.place(ray, {"rollout": {"data": 1}, "trainer": {"fsdp": 1}})
     cores = sum((site.cores for site in sites.values()), ())
     if len(set(cores)) < 2:

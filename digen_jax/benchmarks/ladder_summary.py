@@ -65,8 +65,7 @@ def summarize(
   bound of its own units.
   """
   spans = {n: _took(s for r in ran[n] for s in r.spans) for n in RUNGS}
-  work = {n: _common_work(n, rungs, spans) for n in RUNGS}
-  bound = work["tsp"] / 2
+  bound = _common_work("tsp", rungs, spans) / 2
   medians = {
     n: statistics.median(s for r in ran[n] for s in r.seconds) for n in RUNGS
   }
@@ -86,7 +85,7 @@ def summarize(
       "ratio_to_sequential": medians["sequential"] / medians[name],
       "ratio_to_colocated": medians["colocated"] / medians[name],
       "ratios_to_before": _ratios_to_before(ran, name),
-      "ratios_at_equal_costs": _ratios_at_equal_costs(rungs, ran, work, name),
+      "ratios_at_equal_costs": _ratios_at_equal_costs(rungs, ran, name),
       "moved": _moved(ran[name]),
       "predicted_step_seconds": statistics.median(
         predicted[r.stale] for r in ran[name]
@@ -130,22 +129,23 @@ def _ratios_to_before(
 def _ratios_at_equal_costs(
   rungs: Mapping[str, Rung],
   ran: Mapping[str, Sequence[Ran]],
-  work: Mapping[str, float],
   name: str,
 ) -> list[float]:
-  """Likewise, if units had cost in each repetition what they cost in all.
+  """Likewise, if the units of both had cost the same.
 
   What a core's speed does from one repetition to the next is taken out, and
-  with it that units cost more where both lanes are busy.
+  with it that units cost more where both lanes are busy. There is none where
+  the rung before cuts the work otherwise.
   """
   if name in ("colocated", "sequential"):
     return []
   before = RUNGS[RUNGS.index(name) - 1]
+  if rungs[before].work.pack != rungs[name].work.pack:
+    return []
 
-  def steps(name: str) -> list[float]:
+  def steps(name: str) -> list[float]:  # in units of their own work
     return [
       statistics.fmean(one.seconds)
-      * work[name]
       / _work_seconds(mean_costs(_took(one.spans)), rungs[name].work)
       for one in ran[name]
     ]
@@ -157,11 +157,11 @@ def _common_work(
   name: str, rungs: Mapping[str, Rung], spans: Mapping[str, Sequence[Took]]
 ) -> float:
   """Seconds of a step's work at the mean costs of all rungs that cut it so."""
-  pack, alone = rungs[name].work.pack, name == "colocated"
+  pack = rungs[name].work.pack
   alike = [
     took
     for n in RUNGS
-    if rungs[n].work.pack == pack and (n == "colocated") == alone
+    if n != "colocated" and rungs[n].work.pack == pack
     for took in spans[n]
   ]
   return _work_seconds(mean_costs(alike), rungs[name].work)
@@ -252,8 +252,7 @@ def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
       "of the bound": r["bound_fraction"],
       "of its own bound": r["own_bound_fraction"],
       "predicted / measured": r["predicted_step_seconds"] / r["median_seconds"],
-      "busy, s": _by_lane(r, "busy"),
-      "idle, s": _by_lane(r, "idle"),
+      **{f"{k}, s": _by_lane(r, k) for k in ("busy", "idle", "switch", "sync")},
       "driver, CPU s": r["driver_cpu_seconds"],
       "taken away, %": 100 * max(r["stolen"]),
       "put aside": len(r["put_aside"]),

@@ -100,9 +100,9 @@ class Search:
     """
     if state.step != self._step:
       self._step, self._committed, self._whole = state.step, {}, None
-    if self._whole is not None:
-      return self._whole
     if self._committed.get(lane.name, 0) <= 0:
+      if self._whole is not None:
+        return self._whole
       promises = tuple(sorted(self._committed.items()))
       key = (state.now, state.running, lane.name, promises)
       if key in self._refused:

@@ -54,7 +54,7 @@ def quick_end(
 
 
 def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
-  """Whether steps that overlap (TCSS) are shorter in the long run.
+  """Whether steps that overlap (TCSS) are shorter by `WORTH` in the long run.
 
   A lane that has begun a stale unit is not there to help with the step.
 
@@ -63,6 +63,8 @@ def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
     lanes: who executes.
     cost: seconds of a unit on a lane.
   """
+  if not work.stale:
+    return False
   helps = any(lane.assists for lane in lanes)
   found = in_the_long_run(
     work, lanes, cost, lambda _: (always, never) if helps else (always,)
