@@ -184,9 +184,15 @@ def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
   assert ladder_summary._ratios_to_before(found, "tag") == [1.6, 1.6]
   ratios = ladder_summary._ratios_at_equal_costs(rungs, found, "tag")
   assert ratios == pytest.approx([0.8, 0.8])
-  other = types.SimpleNamespace(work=dataclasses.replace(work, pack=1))
-  rungs["tsp"] = other  # units of another size
-  assert not ladder_summary._ratios_at_equal_costs(rungs, found, "tag")
+  # Packs of another size: the Generate units tell how fast the core was.
+  rungs["tsp"] = types.SimpleNamespace(work=dataclasses.replace(work, pack=1))
+  for one in found["tsp"]:
+    one.spans[:] = [
+      dataclasses.replace(s, end=9.0) if s.name == "train" else s
+      for s in one.spans
+    ]
+  ratios = ladder_summary._ratios_at_equal_costs(rungs, found, "tag")
+  assert ratios == pytest.approx([0.8, 0.8])
   moved = ladder_summary._moved(found["tag"])
   assert list(moved.values()) == [0.0, 0.0, 4.0]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from digen_jax.ladder import ladder_chart, timeline_panels
@@ -134,19 +134,20 @@ def _ratios_at_equal_costs(
   """Likewise, if the units of both had cost the same.
 
   What a core's speed does from one repetition to the next is taken out, and
-  with it that units cost more where both lanes are busy. There is none where
-  the rung before cuts the work otherwise.
+  with it that units cost more where both lanes are busy. Where the rung before
+  has other packs, Generate units tell the speed.
   """
   if name in ("colocated", "sequential"):
     return []
   before = RUNGS[RUNGS.index(name) - 1]
+  kinds = frozenset(Kind)
   if rungs[before].work.pack != rungs[name].work.pack:
-    return []
+    kinds = frozenset({Kind.GENERATE})
 
   def steps(name: str) -> list[float]:  # in units of their own work
     return [
       statistics.fmean(one.seconds)
-      / _work_seconds(mean_costs(_took(one.spans)), rungs[name].work)
+      / _work_seconds(mean_costs(_took(one.spans)), rungs[name].work, kinds)
       for one in ran[name]
     ]
 
@@ -226,14 +227,18 @@ def _mean(values: Sequence[float]) -> float:
   return statistics.fmean(sorted(values)[cut : len(values) - cut])
 
 
-def _work_seconds(cost: Callable[[str, Unit], float], work: Workload) -> float:
-  """Seconds of a step's work on the lanes that it belongs to."""
-  home = {Kind.GENERATE: "rollout", Kind.SCORE: None}
-  total = 0.0
-  for unit in step_units(work, 0):
-    lane = home.get(unit.kind, "trainer")
-    total += cost(lane, unit) if lane else 0.0
-  return total
+def _work_seconds(
+  cost: Callable[[str, Unit], float],
+  work: Workload,
+  kinds: Collection[Kind] = frozenset(Kind),
+) -> float:
+  """Seconds of a step's work of some kinds on the lanes that it belongs to."""
+  home = {Kind.GENERATE: "rollout"}
+  return sum(
+    cost(home.get(unit.kind, "trainer"), unit)
+    for unit in step_units(work, 0)
+    if unit.kind in kinds and unit.kind != Kind.SCORE
+  )
 
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, Any]]:
