@@ -214,7 +214,10 @@ def test_round_trip(tmp_path):
   reference = hunyuan_video(13)
   again = checks.check_round_trip(reference, tmp_path)
   args = arrays(1, 1, (1, 4, 4), (3,))
-  np.testing.assert_array_equal(run(again, *args), run(reference, *args))
+  # How PyTorch sums depends on where weights lie in memory.
+  np.testing.assert_allclose(
+    run(again, *args), run(reference, *args), atol=1e-5
+  )
 
 
 def test_parity_case(tmp_path):

@@ -108,8 +108,9 @@ def test_diffusers_loads_what_we_save(tmp_path):
   reference = references.qwen_image(seed=7)
   again = model_checks.check_round_trip(reference, tmp_path)
   inputs = draw_inputs(8, 1, (2, 3), 4, None)
-  np.testing.assert_array_equal(
-    run_reference(again, inputs), run_reference(reference, inputs)
+  # How PyTorch sums depends on where weights lie in memory.
+  np.testing.assert_allclose(
+    run_reference(again, inputs), run_reference(reference, inputs), atol=1e-5
   )
 
 

@@ -96,8 +96,9 @@ def test_diffusers_loads_what_we_save(tmp_path):
   reference = references.sd3(seed=7)
   again = model_checks.check_round_trip(reference, tmp_path)
   inputs = draw_inputs(8, 1, 4, 6, 4)
-  np.testing.assert_array_equal(
-    run_reference(again, inputs), run_reference(reference, inputs)
+  # How PyTorch sums depends on where weights lie in memory.
+  np.testing.assert_allclose(
+    run_reference(again, inputs), run_reference(reference, inputs), atol=1e-5
   )
 
 

@@ -175,7 +175,8 @@ def test_pixels_are_clipped_inside(tmp_path):
   decoded = jit(decode)(model.params, z)
   expected = ours(reference.decode(theirs(z)).sample)
   assert np.mean(np.abs(expected) == 1) > 0.1
-  np.testing.assert_allclose(decoded, expected, atol=5e-5)
+  # Rounding is as many times larger as the last layer's weights.
+  np.testing.assert_allclose(decoded, expected, atol=5e-4)
 
 
 @pytest.mark.parametrize(

@@ -151,7 +151,10 @@ def test_round_trip(tmp_path):
   reference = wan(13)
   again = checks.check_round_trip(reference, tmp_path)
   args = normal(1, 1, 4, 1, 4, 4), np.array([400]), normal(2, 1, 3, 20)
-  np.testing.assert_array_equal(run(again, *args), run(reference, *args))
+  # How PyTorch sums depends on where weights lie in memory.
+  np.testing.assert_allclose(
+    run(again, *args), run(reference, *args), atol=1e-5
+  )
 
 
 def test_what_diffusers_keeps_in_float32(tmp_path):
