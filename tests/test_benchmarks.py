@@ -195,6 +195,7 @@ def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
   assert ratios == pytest.approx([0.8, 0.8])
   moved = ladder_summary._moved(found["tag"])
   assert list(moved.values()) == [0.0, 0.0, 4.0]
+  assert ladder_summary._moved(found["rat"])["stale"] == 0.0
 
 
 def test_the_ladder_as_a_page():

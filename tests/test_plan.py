@@ -277,6 +277,18 @@ def test_devices_that_divide_tokens_hold_more_rows():
   assert found["both"].shards == 4 and found["both"].sequence == 2
 
 
+def test_devices_that_divide_tokens_gather_all_weights():
+  """Those that divide heads gather a part each."""
+  job = plan_basis.job_of(small_config(), "flux-dev")
+  gathered = {
+    axis: ledger_table(
+      job, H100, H100, 16, {"trainer": {axis: 2}}
+    ).trainer.generate.fixed
+    for axis in ("tensor", "sequence")
+  }
+  assert gathered["sequence"] == pytest.approx(2 * gathered["tensor"])
+
+
 def test_a_table_whose_sequence_axis_is_no_part_of_a_row_is_refused(tmp_path):
   path = tmp_path / "costs.json"
   write_table(path, CostTable(dataclasses.replace(ROLE, shards=4), ROLE))
