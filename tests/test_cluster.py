@@ -84,6 +84,16 @@ def test_gpus_that_others_have_are_not_waited_for_without_end():
   assert ray.groups == []  # others may have what was asked for
 
 
+def test_cores_that_a_host_does_not_have_are_not_asked_for(monkeypatch):
+  pinned = []
+  monkeypatch.setattr("os.sched_getaffinity", lambda _: {0, 1})
+  monkeypatch.setattr("os.sched_setaffinity", lambda _, c: pinned.append({*c}))
+  for cores in ((1, 2), (7, 8), ()):
+    site = {"cores": cores, "devices": 1, "gpus": True, "axes": {}}
+    cluster._server_class()(site, b"no run")
+  assert pinned == [{1}]
+
+
 @pytest.mark.slow
 def test_gpus_are_reserved_for_all_lanes_at_once():
   """By Ray itself, which is told that there are some."""

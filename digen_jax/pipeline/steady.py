@@ -103,7 +103,7 @@ def in_the_long_run(
 
 @dataclasses.dataclass(frozen=True)
 class Steady:
-  """Simulated steps, and seconds of one of them in the long run."""
+  """Simulated steps of `work`, and seconds of one of them in the long run."""
 
   work: Workload
   spans: list[Span]
