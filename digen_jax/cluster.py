@@ -67,6 +67,8 @@ def start() -> Any:
     paths = os.pathsep.join(path for path in sys.path if path)
     # By default actors run at nice 15, behind everything else on the machine.
     os.environ.setdefault("RAY_worker_niceness", "0")
+    # Processes in reserve, which nobody asks for, would take time of the cores.
+    os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
     ray.init(
       include_dashboard=False,
       log_to_driver=False,

@@ -12,8 +12,9 @@ Every score is in [0, 1]. `score_shapes` combines the others and charges for
 objects nobody asked for, without which drawing one of everything would pay.
 """
 
+import bisect
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from scipy import ndimage
@@ -57,16 +58,16 @@ def find_objects(images: np.ndarray) -> list[list[Found]]:
   neighbours[1] = ndimage.generate_binary_structure(2, 1)
   labels, _ = ndimage.label(coverage >= _COVERED, neighbours)
   found = [[] for _ in images]
-  for label, (image, *box) in enumerate(ndimage.find_objects(labels), start=1):
+  for label, (image, *sides) in enumerate(ndimage.find_objects(labels), 1):
     n = image.start
     # One pixel of margin: the edge pixels an object covers less than half.
-    box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in box)
+    box = tuple(slice(max(0, side.start - 1), side.stop + 1) for side in sides)
     mask = labels[n][box] == label
-    if mask.sum() < _SPECK * scale**2:
+    if np.count_nonzero(mask) < _SPECK * scale**2:
       continue
-    edge = ndimage.binary_dilation(mask) & (labels[n][box] == 0)
+    edge = _beside(mask) & (labels[n][box] == 0)
     cover = np.where(mask | edge, coverage[n][box], 0)
-    y, x = (c / scale for c in _middle(mask, box))
+    y, x = ((side.start + side.stop) / 2 / scale for side in sides)
     colour = _main_colour(paint[n][box][mask])
     found[n].append(Found(colour, _shape(cover, scale), x, y))
   return found
@@ -81,20 +82,27 @@ def _paints(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
   paints = np.array(list(scenes.COLOURS.values()))
   paints = paints - paints.mean(axis=1, keepdims=True)
   length = np.linalg.norm(paints, axis=1)
-  chroma = pixels / 255.0
-  chroma = chroma - chroma.mean(axis=-1, keepdims=True)
-  along = np.einsum("nhwc,pc->nhwp", chroma, paints / length[:, None])
-  best = along.argmax(axis=-1)
-  return best, np.clip(along.max(axis=-1) / length[best], 0, 1)
-
-
-def _middle(mask: np.ndarray, box: tuple[slice, ...]) -> tuple[float, float]:
-  """Centre y, x in pixels of the bounding box of a mask that lies at `box`."""
-  rows, columns = (np.flatnonzero(mask.any(axis=a)) for a in (1, 0))
-  return (
-    box[0].start + (rows[0] + rows[-1] + 1) / 2,
-    box[1].start + (columns[0] + columns[-1] + 1) / 2,
+  # Colours first: a few long rows instead of many of three or six. The grey
+  # part needs no subtraction, directions without any are blind to it.
+  planes = np.moveaxis(pixels, -1, 0) / np.float64(255)
+  along = np.einsum(
+    "pc,cnhw->pnhw", paints / length[:, None], np.ascontiguousarray(planes)
   )
+  best, most = np.zeros(along.shape[1:], np.intp), along[0]
+  for paint, amount in enumerate(along[1:], start=1):
+    best[amount > most] = paint
+    most = np.maximum(amount, most)
+  return best, np.clip(most / length[best], 0, 1)
+
+
+def _beside(mask: np.ndarray) -> np.ndarray:
+  """A mask [h, w] and the pixels next to it along rows and columns."""
+  near = mask.copy()
+  near[1:] |= mask[:-1]
+  near[:-1] |= mask[1:]
+  near[:, 1:] |= mask[:, :-1]
+  near[:, :-1] |= mask[:, 1:]
+  return near
 
 
 def _main_colour(paint: np.ndarray) -> str | None:
@@ -112,7 +120,7 @@ def _shape(cover: np.ndarray, scale: float) -> str | None:
     return None
   if max(height, width) > _ELONGATED * min(height, width):
     return None
-  kind = np.searchsorted(_FILL, area / (height * width))
+  kind = bisect.bisect_left(_FILL, area / (height * width))
   return ("triangle", "circle", "square")[kind]
 
 
@@ -124,9 +132,13 @@ def _matches(objects: list[Found], spec: Spec) -> list[list[Found]]:
   ]
 
 
+def _mean(values: Sequence[float]) -> float:
+  return sum(values) / len(values)
+
+
 def presence(objects: list[Found], spec: Spec) -> float:
   """Share of the groups with at least one object of colour and shape."""
-  return float(np.mean([bool(m) for m in _matches(objects, spec)]))
+  return _mean([bool(m) for m in _matches(objects, spec)])
 
 
 def colour(objects: list[Found], spec: Spec) -> float:
@@ -141,13 +153,11 @@ def colour(objects: list[Found], spec: Spec) -> float:
 
 def count(objects: list[Found], spec: Spec) -> float:
   """Mean over groups of 1 - |found - asked| / asked, at least 0."""
-  return float(
-    np.mean(
-      [
-        max(0.0, 1 - abs(len(m) - g.count) / g.count)
-        for m, g in zip(_matches(objects, spec), spec.groups)
-      ]
-    )
+  return _mean(
+    [
+      max(0.0, 1 - abs(len(m) - g.count) / g.count)
+      for m, g in zip(_matches(objects, spec), spec.groups)
+    ]
   )
 
 
@@ -166,13 +176,13 @@ def position(objects: list[Found], spec: Spec) -> float:
     for b in second:
       offset = scenes.offset(spec.relation, a.x - b.x, a.y - b.y)
       levels.append((offset > 0) / 2 + (offset >= _FULL_POSITION) / 2)
-  return float(np.mean(levels)) if levels else 0.0
+  return _mean(levels) if levels else 0.0
 
 
 def total(objects: list[Found], spec: Spec) -> float:
   """Mean of what the prompt asks, less a charge for each object too many."""
   parts = [presence, colour, count] + [position] * (spec.relation is not None)
-  mean = float(np.mean([part(objects, spec) for part in parts]))
+  mean = _mean([part(objects, spec) for part in parts])
   stray = max(0, len(objects) - sum(g.count for g in spec.groups))
   return max(0.0, mean - STRAY_COST * stray)
 
