@@ -24,11 +24,11 @@ from digen_jax.parallel.rules import TRAINER
 from digen_jax.pipeline.cost_table import Measured
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import START_SECONDS, Executor, UnitError
-from digen_jax.pipeline.scheduler import State, next_step, start_step
+from digen_jax.pipeline.scheduler import Lane, State, next_step, start_step
 from digen_jax.pipeline.search import LIVE, Search
-from digen_jax.pipeline.simulate import Assist, always
-from digen_jax.pipeline.steady import quick_end, stale_pays
-from digen_jax.pipeline.units import Kind, Workload, full_sizes
+from digen_jax.pipeline.simulate import Assist, Left, always
+from digen_jax.pipeline.steady import Pays, quick_end, what_pays
+from digen_jax.pipeline.units import Kind, Unit, Workload, full_sizes
 from digen_jax.program import Program
 from digen_jax.report import write_report
 from digen_jax.rewards.compose import Composite, compose, parse
@@ -125,18 +125,22 @@ class Run:
     self.work = self._fitting()
     self.program = program(self.team, self.work)
     self.costs = Costs(full_sizes(self.work))
+    self._search: Assist = always
+    if config.pipeline.bts:
+      self._search = Search(self.lanes, self.costs, LIVE)
     self.executor = Executor(
       self.lanes,
       self.program.starts,
       self.costs,
-      assist=self._assist(),
+      assist=self._assist,
       retries=config.pipeline.retries,
       restarts=config.pipeline.restarts,
       revive=self.program.revive,
     )
     self._ahead: State | None = None
     self._failed = False
-    self._stale, self._reviewed = True, -REVIEW_EVERY
+    self._pays = Pays(stale=True, assists=True)
+    self._reviewed = -REVIEW_EVERY
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
@@ -194,11 +198,10 @@ class Run:
       "config.mesh.trainer more devices"
     )
 
-  def _assist(self) -> Assist:
+  def _assist(self, state: State, lane: Lane, unit: Unit, left: Left) -> bool:
     """Whether an idle lane should help: searched for, or always."""
-    if not self.config.pipeline.bts:
-      return always
-    return Search(self.lanes, self.costs, LIVE)
+    forbidden = self._pays.forbid(state)
+    return not forbidden and self._search(state, lane, unit, left)
 
   def _resume(self) -> int:
     """Loads the newest checkpoint, if any: the step to go on with."""
@@ -305,15 +308,17 @@ class Run:
     """Where the step begins: stale units of it may be under way or done.
 
     None are started in the step before a checkpoint, which would lose them,
-    nor where the measured costs say that they do not pay.
+    nor where the measured costs say that they do not pay. The same costs say
+    whether lanes should assist while they may start.
     """
     ends = self.step + 1
     every = self.config.checkpoint_every
     saved = ends == self.config.steps or _due(ends, every)
     if self.work.stale and self._due_for_review():
-      self._stale = stale_pays(self.work, self.lanes, self.costs)
+      bts = self.config.pipeline.bts
+      self._pays = what_pays(self.work, self.lanes, self.costs, bts=bts)
       self._reviewed = self.step
-    last = self.step if saved or not self._stale else ends
+    last = self.step if saved or not self._pays.stale else ends
     if self._ahead is not None and self._ahead.step + 1 == self.step:
       return next_step(self._ahead, last=last)
     return start_step(self.work, self.step, last=last)

@@ -10,7 +10,9 @@ from digen_jax import training
 from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
 from digen_jax.island import Island
-from digen_jax.pipeline.units import Workload
+from digen_jax.pipeline.scheduler import Lane, start_step
+from digen_jax.pipeline.steady import Pays
+from digen_jax.pipeline.units import Kind, Unit, Workload
 from tests.small_run import distance, small_config, write_prompts
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -183,7 +185,8 @@ def test_an_update_that_lacks_a_gradient_is_refused():
 
 @pytest.mark.parametrize("pays", [True, False])
 def test_stale_units_start_as_long_as_they_pay(pays, monkeypatch):
-  monkeypatch.setattr(training, "stale_pays", lambda *_: pays)
+  found = Pays(stale=pays, assists=True)
+  monkeypatch.setattr(training, "what_pays", lambda *_, **__: found)
   run = types.SimpleNamespace(
     config=from_config_dict({"steps": 9, "checkpoint_every": 4}),
     step=0,
@@ -191,7 +194,7 @@ def test_stale_units_start_as_long_as_they_pay(pays, monkeypatch):
     lanes=(),
     costs=None,
     _ahead=None,
-    _stale=True,
+    _pays=Pays(stale=True, assists=True),
     _due_for_review=lambda: True,
   )
   assert (training.Run._state(run).ahead is not None) == pays
@@ -199,10 +202,25 @@ def test_stale_units_start_as_long_as_they_pay(pays, monkeypatch):
   assert training.Run._state(run).ahead is None
 
 
+def test_lanes_assist_amid_stale_units_only_where_that_pays():
+  work = Workload(groups=4, group_size=2, window=1, stale=2)
+  asked = Lane("trainer", frozenset()), Unit(Kind.GENERATE, 0), {}
+  run = types.SimpleNamespace(_search=lambda *_: True)
+  for last, assists, answer in (
+    (1, True, True),
+    (1, False, False),
+    (0, False, True),  # no stale units in this step: a checkpoint follows
+  ):
+    run._pays = Pays(stale=True, assists=assists)
+    state = start_step(work, 0, last=last)
+    assert training.Run._assist(run, state, *asked) == answer
+
+
 def test_stale_samples_are_corrected_and_counted(
   prompts_file, tmp_path, monkeypatch
 ):
-  monkeypatch.setattr(training, "stale_pays", lambda *_: True)
+  pays = Pays(stale=True, assists=True)
+  monkeypatch.setattr(training, "what_pays", lambda *_, **__: pays)
   config = config_of(prompts_file, tcss=0.5)
   config.steps, config.checkpoint_every = 4, 3
   job = training.Run(from_config_dict(config), tmp_path / "run")

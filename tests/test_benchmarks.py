@@ -25,7 +25,7 @@ from digen_jax.benchmarks import (
   overlap,
   reference,
 )
-from digen_jax.benchmarks.ladder import workload_config
+from digen_jax.benchmarks.ladder import FRESH, workload_config
 from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
@@ -155,7 +155,7 @@ class _Rung:
   def run(self, first):
     self.steps.append(first)
     seconds, stolen = self.runs.pop(0)
-    return ladder_summary.Ran([seconds] * 3, [], [], False, 0.0, stolen, {})
+    return ladder_summary.Ran([seconds] * 3, [], [], FRESH, 0.0, stolen, {})
 
 
 def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
@@ -174,7 +174,7 @@ def test_a_core_that_runs_slower_for_a_while_is_told_from_a_slower_rung():
       )
       for unit in step_units(work, 1)
     ]
-    return ladder_summary.Ran([step * speed], spans, [], False, 0.0, 0.0, {})
+    return ladder_summary.Ran([step * speed], spans, [], FRESH, 0.0, 0.0, {})
 
   found = {
     name: [ran(8.0, 1.0), ran(8.0, 2.0)] for name in ladder_summary.RUNGS
@@ -208,7 +208,7 @@ def test_the_ladder_as_a_page():
     ]
     accounting = {"trainer": {"busy": 0.5 * seconds}}
     return ladder_summary.Ran(
-      [seconds] * 3, spans, [], False, 0.0, 0.0, accounting
+      [seconds] * 3, spans, [], FRESH, 0.0, 0.0, accounting
     )
 
   names = ladder_summary.RUNGS
@@ -250,7 +250,7 @@ def test_the_ladders_pack_is_that_of_the_shortest_step():
   made = [types.SimpleNamespace(seconds=s) for s in (9.0, 5.0, 7.0)]
 
   def rung(name, pack):
-    def predict(cost, stale):
+    def predict(cost, pays):
       assert cost("rollout", Unit(Kind.GENERATE, 0)) == 5.0
       return cost("trainer", Unit(Kind.TRAIN, 0)) / pack + 2 * pack
 

@@ -35,10 +35,10 @@ from digen_jax.errors import UserError
 from digen_jax.lanes import Team, make_lanes, team_of
 from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import Executor
-from digen_jax.pipeline.scheduler import next_step, start_step
-from digen_jax.pipeline.search import LIVE, PREDICTED, Search
-from digen_jax.pipeline.simulate import Assist, always, simulate
-from digen_jax.pipeline.steady import stale_pays
+from digen_jax.pipeline.scheduler import Lane, State, next_step, start_step
+from digen_jax.pipeline.search import LIVE, PREDICTED, Budget, Search
+from digen_jax.pipeline.simulate import Assist, Cost, Left, simulate
+from digen_jax.pipeline.steady import Pays, what_pays
 from digen_jax.pipeline.units import (
   Kind,
   Unit,
@@ -70,6 +70,7 @@ STEPS = 5  # of a repetition; the first and the last are not counted
 # more, the repetition is run again ...
 QUIET = 0.02
 EXTRA = 1.0  # ... of all together at most so many times as many as asked for.
+FRESH = Pays(stale=False, assists=True)
 TRIES = 20  # of a pack; the fastest, as others may slow the rest down
 
 
@@ -243,10 +244,14 @@ class _Rung:
     rounds = [{n: seconds(calls[n]) for n in packs} for _ in range(TRIES)]
     return {n: min(took[n] for took in rounds) for n in packs}
 
-  def assist(self) -> Assist:
-    if not self.team.lanes[0].assists and not self.team.lanes[1].assists:
-      return always
-    return Search(self.team.lanes, self.costs, LIVE)
+  def assist(self, cost: Cost, budget: Budget, pays: Pays) -> Assist:
+    """As a run decides it."""
+    search = Search(self.team.lanes, cost, budget)
+
+    def assist(state: State, lane: Lane, unit: Unit, left: Left) -> bool:
+      return not pays.forbid(state) and search(state, lane, unit, left)
+
+    return assist
 
   def warm_up(self, step: int) -> None:
     """Compiles, and measures what nobody has measured yet."""
@@ -255,12 +260,15 @@ class _Rung:
 
   def run(self, first: int) -> Ran:
     """STEPS global steps; those between the first and the last count."""
+    pays = what_pays(self.work, self.team.lanes, self.costs)
     executor = Executor(
-      self.team.lanes, self.program.starts, self.costs, assist=self.assist()
+      self.team.lanes,
+      self.program.starts,
+      self.costs,
+      assist=self.assist(self.costs, LIVE, pays),
     )
     last = first + STEPS - 1
-    stale = stale_pays(self.work, self.team.lanes, self.costs)
-    ahead = last if stale else None
+    ahead = last if pays.stale else None
     state = start_step(self.work, first, last=ahead)
     self.costs.every.clear()
     spans: list[Span] = []
@@ -283,7 +291,7 @@ class _Rung:
       [b - a for a, b in itertools.pairwise(ends[:-1])],
       [s for s in spans if first < s.args["step"] < last],
       [took for took in self.costs.every if first < took[1].step < last],
-      stale,
+      pays,
       (driver[-2] - driver[0]) / counted,
       (used[-2][0] - used[0][0]) / max(used[-2][1] - used[0][1], 1e-9),
       {
@@ -292,19 +300,18 @@ class _Rung:
       },
     )
 
-  def predict(self, cost: Callable[[str, Unit], float], stale: bool) -> float:
+  def predict(self, cost: Cost, pays: Pays) -> float:
     """Seconds of a counted step, by simulation of a repetition.
 
     Args:
       cost: of units.
-      stale: whether those of the next step may start early.
+      pays: whether those of the next step may start early, and lanes assist
+        then.
     """
     last = STEPS - 1
-    assist: Assist = always
-    if any(lane.assists for lane in self.team.lanes):
-      assist = Search(self.team.lanes, cost, PREDICTED)
+    assist = self.assist(cost, PREDICTED, pays)
     work = self.work
-    if not stale:
+    if not pays.stale:
       work = dataclasses.replace(work, stale=0)
     state = start_step(work, 0, last=last)
     spans = simulate(state, self.team.lanes, cost, last=last, assist=assist)
@@ -356,7 +363,7 @@ def _best_pack(
     all_on = rung("rat", pack)
     rows = all_on.work.train_size * pack
     costs = {Kind.GENERATE: generate, Kind.TRAIN: rows * row[pack]}
-    return all_on.predict(lambda _, unit: costs.get(unit.kind, 0.0), False)
+    return all_on.predict(lambda _, unit: costs.get(unit.kind, 0.0), FRESH)
 
   steps = {pack: predict(pack) for pack in packs}
   report(

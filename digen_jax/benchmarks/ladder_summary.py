@@ -8,6 +8,7 @@ from typing import Any, Protocol
 from digen_jax.ladder import ladder_chart, timeline_panels
 from digen_jax.lanes import Team
 from digen_jax.page import page, section
+from digen_jax.pipeline.steady import Pays
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from digen_jax.timeline import Span
 
@@ -25,7 +26,8 @@ class Ran:
     seconds: of every counted step.
     spans: of the counted steps.
     costs: of their units: what a lane was busy, and what taking it in took.
-    stale: whether units of the next step might start early.
+    pays: whether units of the next step might start early, and lanes assist
+      then.
     driver_seconds: CPU time of this process per counted step, rewards included.
     stolen: part of the processor time wanted that others got, see
       `overlap.cpu_seconds`.
@@ -36,7 +38,7 @@ class Ran:
   seconds: list[float]
   spans: list[Span]
   costs: list[Took]
-  stale: bool
+  pays: Pays
   driver_seconds: float
   stolen: float
   accounting: dict[str, dict[str, float]]
@@ -48,7 +50,7 @@ class Rung(Protocol):
   work: Workload
   team: Team
 
-  def predict(self, cost: Callable[[str, Unit], float], stale: bool) -> float:
+  def predict(self, cost: Callable[[str, Unit], float], pays: Pays) -> float:
     """Seconds of a counted step, by simulation with such costs of units."""
     ...
 
@@ -75,7 +77,7 @@ def summarize(
     own /= len(rung.team.links)
     cost = mean_costs([took for r in ran[name] for took in r.costs])
     predicted = {
-      stale: rung.predict(cost, stale) for stale in {r.stale for r in ran[name]}
+      pays: rung.predict(cost, pays) for pays in {r.pays for r in ran[name]}
     }
     table[name] = {
       "step_seconds": [s for r in ran[name] for s in r.seconds],
@@ -88,9 +90,10 @@ def summarize(
       "ratios_at_equal_costs": _ratios_at_equal_costs(rungs, ran, name),
       "moved": _moved(ran[name]),
       "predicted_step_seconds": statistics.median(
-        predicted[r.stale] for r in ran[name]
+        predicted[r.pays] for r in ran[name]
       ),
-      "stale": [r.stale for r in ran[name]],
+      "stale": [r.pays.stale for r in ran[name]],
+      "assists": [r.pays.assists for r in ran[name]],
       "stolen": [r.stolen for r in ran[name]],
       "put_aside": [
         {"step_seconds": r.seconds, "stolen": r.stolen} for r in aside[name]

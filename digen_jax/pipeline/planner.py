@@ -6,21 +6,22 @@ on; `predict` says what a step then takes. `splits.py` searches for the split.
 """
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from digen_jax.errors import UserError
 from digen_jax.pipeline import bounds
 from digen_jax.pipeline.cost_table import CostTable, Place, lane_costs
 from digen_jax.pipeline.scheduler import Lane
-from digen_jax.pipeline.search import Budget, Search
-from digen_jax.pipeline.simulate import Assist, Cost, always, never
-from digen_jax.pipeline.steady import end, in_the_long_run, large
+from digen_jax.pipeline.search import Budget
+from digen_jax.pipeline.simulate import Cost
+from digen_jax.pipeline.steady import end, in_the_long_run, ways
 from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.timeline import Accounting, Span, lane_accounting
 
 TRAINS = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
 BOTH = TRAINS | {Kind.GENERATE}
 STALE = 0.5  # of the ladder's last rung
+CALM = Budget(simulations=12)  # of a search; nobody waits for the answer
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +200,7 @@ def predict(
     work,
     lanes,
     cost,
-    lambda trial: _assists(trial, lanes, cost, techniques),
+    lambda trial: ways(trial, lanes, cost, bts=techniques.bts, budget=CALM),
   )
   wall = end(run.spans)
   parts = lane_accounting(run.spans, places, 0.0, wall)
@@ -327,17 +328,3 @@ def _least_room(
     if role != "rollout" or techniques.rat
   ]
   return min(rooms, key=lambda item: item[1])
-
-
-def _assists(
-  work: Workload,
-  lanes: Sequence[Lane],
-  cost: Cost,
-  techniques: Techniques,
-) -> list[Assist]:
-  """Ways of assisting to simulate, of which the best will be taken."""
-  if not techniques.bts or not (techniques.tag or techniques.rat):
-    return [always]
-  if large(work):
-    return [always, never]
-  return [Search(lanes, cost, Budget(simulations=12))]

@@ -28,13 +28,23 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 
+from digen_jax.pipeline import bounds
 from digen_jax.pipeline.scheduler import Lane, State
 from digen_jax.pipeline.simulate import Cost, Left, simulate
-from digen_jax.pipeline.steady import large
-from digen_jax.pipeline.units import Kind, Unit, plan, step_units
+from digen_jax.pipeline.units import (
+  Kind,
+  Unit,
+  Workload,
+  full_sizes,
+  plan,
+  step_units,
+)
 
 GAIN = 1e-3  # relative; less than this is rounding, not time
 MEMORY = 4096  # decided states that are remembered
+# Where a step has more units than this, a search at every bubble would take
+# minutes in simulations of whole steps.
+SEARCHED_UNITS = 100
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,6 +66,12 @@ class Budget:
 # there is time for with some sixty units.
 LIVE = Budget(seconds=0.02, part=0.02)
 PREDICTED = Budget(simulations=8)
+
+
+def large(work: Workload) -> bool:
+  """Whether steps have so many units that simulations must be few."""
+  generating = work.samples // full_sizes(work)[Kind.GENERATE]
+  return bounds.train_units(work) + generating > SEARCHED_UNITS
 
 
 class Search:

@@ -1,13 +1,14 @@
-"""How long steps take on given lanes, by simulation without a search.
+"""How long steps take on given lanes, by simulation.
 
-Of a running state to its end, and in the long run where steps overlap.
+Of a running state to its end, without a search; and in the long run, where
+steps overlap, with what then pays: stale units, assistance, or both.
 """
 
 import dataclasses
 from collections.abc import Callable, Sequence
 
-from digen_jax.pipeline import bounds
 from digen_jax.pipeline.scheduler import Lane, State, start_step
+from digen_jax.pipeline.search import PREDICTED, Budget, Search, large
 from digen_jax.pipeline.simulate import (
   Assist,
   Cost,
@@ -16,14 +17,11 @@ from digen_jax.pipeline.simulate import (
   never,
   simulate,
 )
-from digen_jax.pipeline.units import Kind, Workload, full_sizes
+from digen_jax.pipeline.units import Workload
 from digen_jax.timeline import Span
 
 STEPS = (3, 9)  # simulated where steps overlap; see `steady`
-FEWER_STEPS = (2, 4)  # where they have more than `SEARCHED_UNITS`
-# Where a step has more units than this, idle lanes assist always or never,
-# whichever is better: a search at every bubble would take minutes.
-SEARCHED_UNITS = 100
+FEWER_STEPS = (2, 4)  # where they are `large`
 # Part of a step that stale units must save: costs are noisy, and samples of the
 # version before are no better than fresh ones.
 WORTH = 0.02
@@ -53,23 +51,77 @@ def quick_end(
   )
 
 
-def stale_pays(work: Workload, lanes: Sequence[Lane], cost: Cost) -> bool:
-  """Whether steps that overlap (TCSS) are shorter by `WORTH` in the long run.
+@dataclasses.dataclass(frozen=True)
+class Pays:
+  """What makes steps shorter in the long run.
 
-  A lane that has begun a stale unit is not there to help with the step.
+  Attributes:
+    stale: units of the next step that start early (TCSS).
+    assists: idle lanes that help with the step, while such units may start.
+  """
+
+  stale: bool
+  assists: bool
+
+  def forbid(self, state: State) -> bool:
+    """Whether no lane should assist in this state."""
+    return state.ahead is not None and not self.assists
+
+
+def what_pays(
+  work: Workload,
+  lanes: Sequence[Lane],
+  cost: Cost,
+  *,
+  bts: bool = True,
+) -> Pays:
+  """Whether to start stale units, and whether to assist where they are.
+
+  A lane that has begun a stale unit is not there to help with the step, and
+  one that helps is not there for stale units. A search looks to the end of the
+  step alone, which with stale units is not all that counts; without them it is
+  never slower than not assisting.
 
   Args:
     work: what a step consists of.
     lanes: who executes.
     cost: seconds of a unit on a lane.
+    bts: whether idle lanes need not assist.
   """
   if not work.stale:
-    return False
-  helps = any(lane.assists for lane in lanes)
+    return Pays(stale=False, assists=True)
   found = in_the_long_run(
-    work, lanes, cost, lambda _: (always, never) if helps else (always,)
+    work,
+    lanes,
+    cost,
+    lambda trial: ways(trial, lanes, cost, bts=bts),
   )
-  return found.work.stale > 0
+  return Pays(found.work.stale > 0, found.assist is not never)
+
+
+def ways(
+  work: Workload,
+  lanes: Sequence[Lane],
+  cost: Cost,
+  *,
+  bts: bool = True,
+  budget: Budget = PREDICTED,
+) -> Sequence[Assist]:
+  """Ways to assist, of which a run takes the best.
+
+  Args:
+    work: what a step consists of.
+    lanes: who executes.
+    cost: seconds of a unit on a lane.
+    bts: whether idle lanes need not assist.
+    budget: of the search.
+  """
+  if not bts or not any(lane.assists for lane in lanes):
+    return (always,)
+  if large(work):
+    return (always, never)
+  search = Search(lanes, cost, budget)
+  return (search, never) if work.stale else (search,)
 
 
 def in_the_long_run(
@@ -90,8 +142,8 @@ def in_the_long_run(
   """
 
   def best(trial: Workload) -> Steady:
-    ways = (steady(trial, lanes, cost, assist) for assist in assists(trial))
-    return min(ways, key=lambda way: way.step_seconds)
+    found = [steady(trial, lanes, cost, assist) for assist in assists(trial)]
+    return min(found, key=lambda one: one.step_seconds)
 
   fresh = best(dataclasses.replace(work, stale=0))
   if not work.stale:
@@ -106,6 +158,7 @@ class Steady:
   """Simulated steps of `work`, and seconds of one of them in the long run."""
 
   work: Workload
+  assist: Assist
   spans: list[Span]
   step_seconds: float
 
@@ -120,7 +173,7 @@ def steady(
   """
   if not work.stale:
     spans = simulate(start_step(work, 0), lanes, cost, assist=assist)
-    return Steady(work, spans, end(spans))
+    return Steady(work, assist, spans, end(spans))
   counts = FEWER_STEPS if large(work) else STEPS
   few, many = (
     simulate(
@@ -132,13 +185,8 @@ def steady(
     )
     for steps in counts
   )
-  return Steady(work, many, (end(many) - end(few)) / (counts[1] - counts[0]))
-
-
-def large(work: Workload) -> bool:
-  """Whether steps have so many units that simulations must be few."""
-  generating = work.samples // full_sizes(work)[Kind.GENERATE]
-  return bounds.train_units(work) + generating > SEARCHED_UNITS
+  seconds = (end(many) - end(few)) / (counts[1] - counts[0])
+  return Steady(work, assist, many, seconds)
 
 
 def end(spans: Sequence[Span]) -> float:
