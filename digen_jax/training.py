@@ -26,7 +26,7 @@ from digen_jax.pipeline.costs import Costs
 from digen_jax.pipeline.execute import START_SECONDS, Executor, UnitError
 from digen_jax.pipeline.scheduler import Lane, State, next_step, start_step
 from digen_jax.pipeline.search import LIVE, Search
-from digen_jax.pipeline.simulate import Assist, Left, always
+from digen_jax.pipeline.simulate import Assist, Left, always, never
 from digen_jax.pipeline.steady import Pays, quick_end, what_pays
 from digen_jax.pipeline.units import Kind, Unit, Workload, full_sizes
 from digen_jax.program import Program
@@ -37,7 +37,7 @@ from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
 SAVED = "(the run's state has been saved: the same command goes on from it)"
-REVIEW_EVERY = 20  # steps; then it is seen anew whether stale units pay
+REVIEW_EVERY = 20  # steps; then it is seen anew what pays of TCSS
 
 
 class Run:
@@ -199,7 +199,10 @@ class Run:
     )
 
   def _assist(self, state: State, lane: Lane, unit: Unit, left: Left) -> bool:
-    """Whether an idle lane should help: searched for, or always."""
+    """Whether an idle lane should help: searched for, or always.
+
+    Not amid stale units where the last review found that it does not pay.
+    """
     forbidden = self._pays.forbid(state)
     return not forbidden and self._search(state, lane, unit, left)
 
@@ -314,7 +317,7 @@ class Run:
     ends = self.step + 1
     every = self.config.checkpoint_every
     saved = ends == self.config.steps or _due(ends, every)
-    if self.work.stale and self._due_for_review():
+    if self.work.stale and not saved and self._due_for_review():
       bts = self.config.pipeline.bts
       self._pays = what_pays(self.work, self.lanes, self.costs, bts=bts)
       self._reviewed = self.step
@@ -340,8 +343,13 @@ class Run:
     """Seconds the step should take; None before anything was measured."""
     if not self._measured():
       return None
-    left, bts = self.executor.left(), self.config.pipeline.bts
-    return quick_end(state, self.lanes, self.costs, left, bts=bts)
+    assists: tuple[Assist, ...] = (always,)
+    if self._pays.forbid(state):
+      assists = (never,)
+    elif self.config.pipeline.bts and any(i.assists for i in self.lanes):
+      assists = (always, never)
+    left = self.executor.left()
+    return quick_end(state, self.lanes, self.costs, left, assists=assists)
 
   def _metrics(
     self, spans: list[Span], start: float, end: float

@@ -41,6 +41,7 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.search import PREDICTED, Search
+from digen_jax.pipeline.search import large as search_large
 from digen_jax.pipeline.simulate import always, never, simulate
 from digen_jax.pipeline.splits import best_split, best_splits
 from digen_jax.pipeline.steady import what_pays
@@ -323,15 +324,12 @@ def test_stale_units_pay_where_a_lane_waits_and_not_where_none_does():
   assert not what_pays(fresh, lanes, cost).stale
 
 
-@settings(max_examples=25, deadline=None)
-@given(seed=st.integers(0, 10**6))
-@example(seed=225)  # assisting would take longer
-@example(seed=247)
-def test_assistance_amid_stale_units_is_never_slower_in_the_long_run(seed):
-  """A search sees the end of the present step alone; `what_pays` sees more."""
+def _amid_stale(seed: int):
+  """A random pair of lanes with TCSS: its work, lanes, costs and a search."""
   rng = random.Random(seed)
   groups, window = rng.choice((6, 8)), rng.choice((1, 2, 4))
-  work = Workload(groups, 4, window, stale=groups // rng.choice((2, 4)))
+  stale = groups // rng.choice((2, 4))
+  work = Workload(groups, 4, window, gap=True, stale=stale)
   lanes, _ = make_lanes(equal_split(work, 2), RUNGS["tcss"])
   pairs = itertools.product(("rollout", "trainer"), (Kind.GENERATE, Kind.TRAIN))
   table = {pair: rng.uniform(0.5, 6.0) for pair in pairs}
@@ -339,8 +337,18 @@ def test_assistance_amid_stale_units_is_never_slower_in_the_long_run(seed):
   def cost(lane: str, unit: Unit) -> float:
     return table.get((lane, unit.kind), 0.2)
 
+  return work, lanes, cost, Search(lanes, cost, PREDICTED)
+
+
+@settings(max_examples=25, deadline=None)
+@given(seed=st.integers(0, 10**6))
+@example(seed=37)
+@example(seed=112)
+@example(seed=205)
+def test_assistance_amid_stale_units_is_never_slower_in_the_long_run(seed):
+  """A search sees the end of the present step alone; `what_pays` sees more."""
+  work, lanes, cost, search = _amid_stale(seed)
   pays = what_pays(work, lanes, cost)
-  search = Search(lanes, cost, PREDICTED)
 
   def assist(state, *asked) -> bool:
     return not pays.forbid(state) and search(state, *asked)
@@ -351,6 +359,22 @@ def test_assistance_amid_stale_units_is_never_slower_in_the_long_run(seed):
     alone = steady.steady(trial, lanes, cost, never).step_seconds
     longest = alone / (1 - steady.WORTH)
     assert taken.step_seconds <= longest * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("units", [1, 100])
+@pytest.mark.parametrize("seed", [37, 112, 205])
+def test_where_a_search_would_be_slower_in_the_long_run(
+  seed, units, monkeypatch
+):
+  monkeypatch.setattr("digen_jax.pipeline.search.SEARCHED_UNITS", units)
+  work, lanes, cost, search = _amid_stale(seed)
+  assert search_large(work) == (units == 1)
+  alone = steady.steady(work, lanes, cost, never).step_seconds
+  searched = steady.steady(work, lanes, cost, search).step_seconds
+  assert searched > alone * (1 + steady.WORTH)
+  assert what_pays(work, lanes, cost) == steady.Pays(True, False)
+  # Who must always help is not asked.
+  assert what_pays(work, lanes, cost, bts=False).assists
 
 
 def test_a_colocated_lane_samples_ahead_while_rewards_are_out():

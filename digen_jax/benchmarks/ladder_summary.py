@@ -93,7 +93,7 @@ def summarize(
         predicted[r.pays] for r in ran[name]
       ),
       "stale": [r.pays.stale for r in ran[name]],
-      "assists": [r.pays.assists for r in ran[name]],
+      "assists_amid_stale": [r.pays.assists for r in ran[name] if r.pays.stale],
       "stolen": [r.stolen for r in ran[name]],
       "put_aside": [
         {"step_seconds": r.seconds, "stolen": r.stolen} for r in aside[name]

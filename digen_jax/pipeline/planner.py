@@ -6,14 +6,14 @@ on; `predict` says what a step then takes. `splits.py` searches for the split.
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from digen_jax.errors import UserError
 from digen_jax.pipeline import bounds
 from digen_jax.pipeline.cost_table import CostTable, Place, lane_costs
 from digen_jax.pipeline.scheduler import Lane
-from digen_jax.pipeline.search import Budget
-from digen_jax.pipeline.simulate import Cost
+from digen_jax.pipeline.search import Budget, large
+from digen_jax.pipeline.simulate import Assist, Cost, always, never
 from digen_jax.pipeline.steady import end, in_the_long_run, ways
 from digen_jax.pipeline.units import Kind, Workload, full_sizes
 from digen_jax.timeline import Accounting, Span, lane_accounting
@@ -200,7 +200,7 @@ def predict(
     work,
     lanes,
     cost,
-    lambda trial: ways(trial, lanes, cost, bts=techniques.bts, budget=CALM),
+    lambda trial: _ways(trial, lanes, cost, techniques.bts),
   )
   wall = end(run.spans)
   parts = lane_accounting(run.spans, places, 0.0, wall)
@@ -212,6 +212,15 @@ def predict(
     split=split,
     techniques=techniques,
   )
+
+
+def _ways(
+  work: Workload, lanes: Sequence[Lane], cost: Cost, bts: bool
+) -> Sequence[Assist]:
+  """As `steady.ways`; where steps are large, a search would take minutes."""
+  if bts and large(work):
+    return (always, never)
+  return ways(work, lanes, cost, bts=bts, budget=CALM)
 
 
 def _scaled(part: Accounting, factor: float) -> Accounting:

@@ -66,6 +66,8 @@ class Budget:
 # there is time for with some sixty units.
 LIVE = Budget(seconds=0.02, part=0.02)
 PREDICTED = Budget(simulations=8)
+# Where steps are `large`: all or nothing at once.
+WHOLE = Budget(seconds=0.0)
 
 
 def large(work: Workload) -> bool:
@@ -120,7 +122,8 @@ class Search:
       if self._whole is not None:
         return self._whole
       promises = tuple(sorted(self._committed.items()))
-      key = (state.now, state.running, lane.name, promises)
+      ahead = state.ahead is not None  # a lane that does not help has work
+      key = (state.now, ahead, state.running, lane.name, promises)
       if key in self._refused:
         return False
       plan = self._best(state, lane, unit, left)

@@ -8,7 +8,13 @@ import dataclasses
 from collections.abc import Callable, Sequence
 
 from digen_jax.pipeline.scheduler import Lane, State, start_step
-from digen_jax.pipeline.search import PREDICTED, Budget, Search, large
+from digen_jax.pipeline.search import (
+  PREDICTED,
+  WHOLE,
+  Budget,
+  Search,
+  large,
+)
 from digen_jax.pipeline.simulate import (
   Assist,
   Cost,
@@ -33,7 +39,7 @@ def quick_end(
   cost: Cost,
   left: Left | None = None,
   *,
-  bts: bool = True,
+  assists: Sequence[Assist] = (always, never),
 ) -> float:
   """Seconds to the end of the step, without a search at each bubble.
 
@@ -42,12 +48,11 @@ def quick_end(
     lanes: who executes.
     cost: seconds of a unit on a lane.
     left: seconds that the units under way still need.
-    bts: whether idle lanes need not assist.
+    assists: ways to assist, of which the best counts.
   """
-  helps = bts and any(lane.assists for lane in lanes)
   return min(
     end(simulate(state, lanes, cost, assist=assist, left=left))
-    for assist in ((always, never) if helps else (always,))
+    for assist in assists
   )
 
 
@@ -57,7 +62,7 @@ class Pays:
 
   Attributes:
     stale: units of the next step that start early (TCSS).
-    assists: idle lanes that help with the step, while such units may start.
+    assists: idle lanes that help with a step in which such units may start.
   """
 
   stale: bool
@@ -90,13 +95,15 @@ def what_pays(
   """
   if not work.stale:
     return Pays(stale=False, assists=True)
+  budget = WHOLE if large(work) else PREDICTED
   found = in_the_long_run(
     work,
     lanes,
     cost,
-    lambda trial: ways(trial, lanes, cost, bts=bts),
+    lambda trial: ways(trial, lanes, cost, bts=bts, budget=budget),
   )
-  return Pays(found.work.stale > 0, found.assist is not never)
+  stale = found.work.stale > 0
+  return Pays(stale, not stale or found.assist is not never)
 
 
 def ways(
@@ -104,8 +111,8 @@ def ways(
   lanes: Sequence[Lane],
   cost: Cost,
   *,
-  bts: bool = True,
-  budget: Budget = PREDICTED,
+  bts: bool,
+  budget: Budget,
 ) -> Sequence[Assist]:
   """Ways to assist, of which a run takes the best.
 
@@ -118,8 +125,6 @@ def ways(
   """
   if not bts or not any(lane.assists for lane in lanes):
     return (always,)
-  if large(work):
-    return (always, never)
   search = Search(lanes, cost, budget)
   return (search, never) if work.stale else (search,)
 
