@@ -22,7 +22,7 @@ from digen_jax.models.published import MODELS, recognise
 from digen_jax.models.vae import Autoencoder, Tiling
 from digen_jax.parallel.mesh import make_meshes
 from digen_jax.parallel.rules import ROLLOUT, Rules, param_shardings
-from digen_jax.pipeline.units import Workload
+from digen_jax.pipeline.units import Workload, part_of
 from digen_jax.policy import Recipe
 from digen_jax.sampling import sample_ode, sample_unipc, schedule_from_config
 from digen_jax.types import Conditioning
@@ -60,12 +60,24 @@ class Assembly:
 
 
 def workload(config: Config) -> Workload:
-  """The units of a global step."""
+  """The units of a global step.
+
+  Raises:
+    UserError: `pipeline.tcss` allows no stale unit.
+  """
   window = config.sampling.window or config.sampling.num_steps - 1
   pipeline = config.pipeline
   pack = min(pipeline.timesteps_per_pack or window, window)
   samples = config.batch.prompts * config.batch.group_size
   size = pipeline.generate_size or config.batch.group_size
+  units = -(-samples // size)
+  stale = part_of(units, pipeline.tcss)
+  if pipeline.tcss and not stale:
+    raise UserError(
+      f"config.pipeline.tcss={pipeline.tcss:g} of the {units} Generate units of "
+      "a step is less than one: raise it, set 0, or make more units "
+      "(config.pipeline.generate_size)"
+    )
   return Workload(
     groups=config.batch.prompts,
     group_size=config.batch.group_size,
@@ -76,7 +88,7 @@ def workload(config: Config) -> Workload:
     pack=pack if pipeline.tsp else 1,
     scope=config.advantage.scope,
     gap=pipeline.gap,
-    stale=round(pipeline.tcss * -(-samples // size)),
+    stale=stale,
     held=pipeline.held_gradients,
   )
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from digen_jax.errors import UserError
 
@@ -119,8 +118,3 @@ def _compare(wanted: Any, saved: Any, where: str) -> None:
       f"({len(wrong)} such arrays); resume with the configuration it was made "
       f"with ({', '.join(STRUCTURAL)}), or choose another --workdir"
     )
-
-
-def to_host(tree: Any) -> Any:
-  """Every leaf as a numpy array."""
-  return jax.tree.map(np.asarray, jax.device_get(tree))

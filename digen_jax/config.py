@@ -10,6 +10,7 @@ import contextlib
 import dataclasses
 import difflib
 import math
+import re
 import typing
 from collections.abc import Mapping
 from typing import Any
@@ -499,6 +500,7 @@ def check(config: Config) -> None:
     )
   _check_window(sampling)
   _check_sizes(config)
+  _check_lora(train)
 
 
 KERNELS = ("flow_sde", "dance_sde", "flow_cps")
@@ -508,9 +510,10 @@ KL_FORMS = ("auto", "diffusion", "transition")
 def _check_window(sampling: Sampling) -> None:
   last = sampling.num_steps - 1  # the last step is never trained
   first = sampling.window_first or last
-  if first > last or sampling.window > first or sampling.window < 0:
+  window = sampling.window or last
+  if first > last or window > first or sampling.window < 0:
     raise UserError(
-      f"config.sampling.window={sampling.window} within the first "
+      f"config.sampling.window={sampling.window} (0 is all) within the first "
       f"window_first={sampling.window_first} of num_steps="
       f"{sampling.num_steps} steps does not fit: it needs window <= "
       f"window_first <= {last} (the last step is never trained)"
@@ -526,6 +529,22 @@ def _check_sizes(config: Config) -> None:
         f"config.pipeline.{name}={value} must divide the group size {size}, "
         "or be a multiple of it"
       )
+
+
+def _check_lora(train: Train) -> None:
+  if train.lora_rank and not train.lora_targets:
+    raise UserError(
+      "config.train.lora_targets is empty: name the layers that get adapters, "
+      "such as ('attn', 'ff'), or set config.train.lora_rank=0"
+    )
+  for target in train.lora_targets:
+    try:
+      re.compile(target)
+    except re.error as error:
+      raise UserError(
+        f"config.train.lora_targets: {target!r} is no regular expression "
+        f"({error}); part of a layer's name is one, such as 'attn'"
+      ) from error
 
 
 def _choice(where: str, value: str, choices: tuple[str, ...]) -> None:

@@ -370,10 +370,6 @@ class Island:
     """Step of the newest checkpoint, or None."""
     return self.checkpoints.latest()
 
-  def record(self, step: int) -> dict[str, Any]:
-    """The JSON record of a checkpoint."""
-    return self.checkpoints.record(step)
-
   def save(self, step: int, record: dict[str, Any]) -> None:
     """Starts a checkpoint of the training state."""
     self.checkpoints.save(step, self.state, record)

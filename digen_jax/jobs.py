@@ -372,7 +372,8 @@ def evaluate_run(
   """
   texts = read_prompts(prompts)
   config = read_config(run)
-  reward = compose(parse(config.reward))
+  reward = compose(parse(config.reward), config.pipeline.reward_timeout)
+  reward.check(texts)
   steps = {} if num_steps is None else {"num_steps": num_steps}
   plan = check_policy(run, {"eval": steps})
   out = _directory(out or Path(run) / "evaluation")

@@ -109,7 +109,11 @@ def _guarded(main: Callable[[], None]) -> None:
     said = " ".join([_plain(error), *getattr(error, "__notes__", ())])
     _fail(said, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
   except KeyboardInterrupt:
-    _fail("interrupted: the same command goes on from what is saved", 130)
+    _fail(
+      "interrupted: start the same command again; a run goes on from its last "
+      "checkpoint",
+      130,
+    )
   except OSError as error:
     said = _plain(error)
     _fail(said if said != str(error) else f"{type(error).__name__}: {said}", 1)
@@ -129,14 +133,15 @@ def _plain(error: Exception) -> str:
   first = (said.splitlines() or [""])[0]
   if FULL in said:  # safetensors and Orbax have errors of their own for it
     return (
-      f"the disk is full ({first}): make room; the same command goes on from "
-      "what is saved"
+      f"the disk is full ({first}): make room, and start the same command "
+      "again; a run goes on from its last checkpoint"
     )
   if "RESOURCE_EXHAUSTED" in said:
     return (
       f"out of memory ({first}): choose a smaller pipeline.generate_size, "
       "pipeline.train_size, pipeline.timesteps_per_pack or eval.batch_size, "
-      "dtype.compute=bfloat16, train.remat=block, or vae.tiling=256"
+      "dtype.compute=bfloat16, train.remat=block, pipeline.tag_layout=trainer, "
+      "or vae.tiling=256"
     )
   return said
 

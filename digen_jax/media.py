@@ -153,31 +153,6 @@ def best_and_worst(
   return _stack(rows)
 
 
-def save_images(
-  directory: str | Path,
-  images: np.ndarray | Sequence[np.ndarray],
-  names: Sequence[str] | None = None,
-) -> list[Path]:
-  """Writes every image to a PNG file of its own.
-
-  Args:
-    directory: made if it does not exist.
-    images: [N, H, W, 3] float in [0, 1] or uint8.
-    names: N file names without ending; by default 0000, 0001, ...
-
-  Returns:
-    The paths, in order.
-  """
-  directory = Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  pixels = to_uint8(images)
-  names = [f"{i:04d}" for i in range(len(pixels))] if names is None else names
-  paths = [directory / f"{name}.png" for name in names]
-  for path, image in zip(paths, pixels, strict=True):
-    save_image(path, Image.fromarray(image))
-  return paths
-
-
 def save_image(path: str | Path, image: Image.Image) -> None:
   """Writes a PNG file so that a kill leaves none or a whole one."""
   with replacing(path) as temporary:

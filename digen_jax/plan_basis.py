@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from digen_jax.config import Config
+from digen_jax.config import Config, Sampling
 from digen_jax.data.prompt_encoder import load_prompt_encoder
 from digen_jax.device_costs import (
   DEVICES,
@@ -147,13 +147,15 @@ def from_ledgers(
     trainer: what trains.
     devices: of both roles.
     model: name of a published model in place of the config's; it is sampled
-      at its own size, with its own guidance.
+      at its own size, with its own guidance, unless the config has a size.
 
   Raises:
     UserError: unknown model, or it does not fit.
   """
   sampling = config.sampling
-  if model:  # a config of another model knows nothing of its size
+  toy = Sampling.height, Sampling.width, Sampling.num_frames
+  sizes = sampling.height, sampling.width, sampling.num_frames
+  if model and sizes == toy:  # a config of another model has none of its own
     settings = find_model(model).settings
     names = ("height", "width", "num_frames", "guidance_scale")
     own = {name: getattr(settings, name) for name in names}

@@ -438,6 +438,19 @@ def plan_dict(plan: Plan) -> dict[str, Any]:
   }
 
 
+def check_out(out: str | Path) -> None:
+  """UserError where a plan cannot be written, or would replace a timeline."""
+  out = Path(out)
+  if out.exists() and not out.is_dir():
+    raise UserError(f"--out={out} is a file; name a directory")
+  if (out / "metrics.jsonl").exists():
+    raise UserError(
+      f"--out={out} is the directory of a run, whose measured timeline.json the "
+      "plan's would replace: name another, such as "
+      f"{out / 'plan'}"
+    )
+
+
 def write_plan(plan: Plan, out: str | Path) -> None:
   """Writes plan.json, plan.html, timeline.json (best split) and costs.json."""
   out = Path(out)

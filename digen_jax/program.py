@@ -7,6 +7,7 @@ and where; every action returns at once with a handle.
 
 import concurrent.futures
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -69,6 +70,11 @@ class HostWork(Handle):
   def finish(self) -> frozenset[int]:
     """Hands the result over; raises what the call raised."""
     return self.take(self.future.result())
+
+
+def _exhausted(error: Exception) -> bool:
+  """Whether a device had too little memory."""
+  return "RESOURCE_EXHAUSTED" in str(error)
 
 
 class Program:
@@ -214,7 +220,7 @@ class Program:
     try:
       self.measure(step, [(lane, Kind.TRAIN) for lane in self.team.learners])
     except Exception as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
+      if not _exhausted(error):
         raise
       return False
     return True
@@ -231,11 +237,16 @@ class Program:
       seconds = link.call("measure", method, *args).result()
       own = lane in self.team.rollouts or method == "gradients"
       if not own and self.config.pipeline.tag_layout != "trainer":
-        switch = link.call("measure", "switch", True).result()
-        block = link.call("measure", method, *args).result()
+        forced = self.config.pipeline.tag_layout == "rollout"
+        try:
+          switch = link.call("measure", "switch", True).result()
+          block = link.call("measure", method, *args).result()
+        except Exception as error:
+          if forced or not _exhausted(error):
+            raise
+          switch = block = math.inf  # it does not fit, the other form does
         link.call("switch", False).result()
         count = -(-self.work.samples // unit.samples // 4)
-        forced = self.config.pipeline.tag_layout == "rollout"
         if forced or switch + count * block < count * seconds:
           self.resharded_blocks, seconds = True, block
           costs.observe(lane, Unit(Kind.SWITCH, step), switch)

@@ -1,7 +1,9 @@
 """The files of a run: what is written to a workdir, and when."""
 
 import dataclasses
+import fcntl
 import json
+import logging
 import os
 import platform
 import statistics
@@ -21,6 +23,9 @@ from digen_jax.metrics import MetricsWriter, truncate_metrics
 from digen_jax.timeline import Span, Timeline
 from digen_jax.weights.hub import pinned
 
+_log = logging.getLogger(__name__)
+
+LOCK = ".lock"  # held by the process that runs in a directory
 LIBRARIES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 # What a resumed run must share with the one it goes on with: it decides what
 # the arrays of a checkpoint mean, or what has been drawn so far.
@@ -48,6 +53,31 @@ def check_workdir(workdir: Path) -> None:
       f"--workdir={workdir} cannot be made: {parent} is no directory that can "
       "be written to"
     )
+
+
+def lock(workdir: Path) -> int:
+  """Keeps other processes from running in a directory.
+
+  Returns:
+    A file descriptor; others may run there when it is closed, or when this
+    process has ended, however it does.
+
+  Raises:
+    UserError: another process has it.
+  """
+  workdir.mkdir(parents=True, exist_ok=True)
+  file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT)
+  try:
+    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+  except (BlockingIOError, PermissionError) as error:
+    os.close(file)
+    raise UserError(
+      f"another process runs in {workdir}: wait for it, end it, or choose "
+      "another --workdir"
+    ) from error
+  except OSError as error:  # a file system that has no locks
+    _log.warning("%s cannot be locked (%s)", workdir, error)
+  return file
 
 
 def pin_checkpoint(config: Config, workdir: Path) -> Config:
@@ -231,9 +261,12 @@ class RunFiles:
     self._timeline.add(spans)
     self._steps.append({key: row.get(key) for key in LANES})
 
-  def has_evaluation(self, step: int) -> bool:
-    """Whether the policy of a step has been evaluated."""
-    return any(row["step"] == step for row in self._evaluations)
+  def has_evaluation(self, step: int, setting: str) -> bool:
+    """Whether the policy of a step has been evaluated in this setting."""
+    return any(
+      row["step"] == step and row.get("setting") == setting
+      for row in self._evaluations
+    )
 
   def evaluated(self, result: Evaluated) -> None:
     """After an evaluation: its row and its pictures."""
@@ -255,7 +288,7 @@ class RunFiles:
       media.save_video(file.with_suffix(".mp4"), video, self.config.eval.fps)
 
   def explored(self, samples: Any) -> None:
-    """Best and worst sample of every group of a step, with their rewards."""
+    """Best and worst samples of a step's first groups, with their rewards."""
     media.save_image(
       self.workdir / "samples" / f"groups_{samples.step:06d}.png",
       media.best_and_worst(samples.images, samples.rewards, samples.prompts),

@@ -25,7 +25,6 @@ ANSWERS = frozenset(
     "latest",
     "measure",
     "outgoing",
-    "record",
     "sample",
     "update",
   }

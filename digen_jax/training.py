@@ -4,7 +4,10 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import math
+import os
 import time
+import weakref
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +61,11 @@ class Run:
         cannot work.
     """
     self.workdir = Path(workdir)
+    _check_given(config)
     run_files.check_workdir(self.workdir)
+    self._unlock: Callable[[], Any] | None = None
+    if (self.workdir / run_files.LOCK).exists():  # else nothing is written yet
+      self._lock()
     check_tracker(config.tracker)
     if config.sampling.num_frames > 1:
       check_video_writer()
@@ -68,6 +75,7 @@ class Run:
     self.reward = compose(parse(config.reward), timeout)
     held_out = read_prompts(config.eval.prompts or config.prompts)
     self.held_out = select(held_out, config)
+    self.setting = setting(config, self.held_out)
     self.reward.check([*prompts, *self.held_out])
     _probe(self.reward, prompts, config)
     config = run_files.pin_checkpoint(config, self.workdir)
@@ -141,12 +149,19 @@ class Run:
     self._failed = False
     self._pays = Pays(stale=True, assists=True)
     self._reviewed = -REVIEW_EVERY
+    if self._unlock is None:
+      self._lock()
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
       config.keep_checkpoints,
     )
     self.step = self._resume()
+
+  def _lock(self) -> None:
+    """Keeps other processes out until the run is closed, or given up."""
+    held = run_files.lock(self.workdir)
+    self._unlock = weakref.finalize(self, os.close, held)
 
   def _choose_split(self, assembly: assemble.Assembly, devices: int) -> None:
     """Places the lanes anew where another split is predicted to be faster."""
@@ -270,8 +285,7 @@ class Run:
       self.step,
     )
     split = "held_out" if self.config.eval.prompts else "train"
-    digest = setting(self.config, self.held_out)
-    return dataclasses.replace(result, split=split, setting=digest)
+    return dataclasses.replace(result, split=split, setting=self.setting)
 
   def train_one_step(self) -> tuple[dict[str, Any], list[Span]]:
     """One global step.
@@ -393,6 +407,21 @@ class Run:
         raise
     finally:
       self.team.stop()
+      self._unlock()
+
+
+GIVEN = {
+  "checkpoint": "a diffusers pipeline, its directory or its name on the hub",
+  "prompts": "a text file with a prompt per line",
+  "reward": "the name of one, or FILE.py:FUNCTION",
+}
+
+
+def _check_given(config: Config) -> None:
+  """Raises UserError for what no run can do without."""
+  for name, what in GIVEN.items():
+    if not getattr(config, name):
+      raise UserError(f"config.{name} is not set: give {what}")
 
 
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
@@ -417,8 +446,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
   Args:
     config: the run.
-    workdir: where everything is written (see the contract of a run's files in
-      README.md).
+    workdir: where everything is written; README.md says what.
 
   Returns:
     {"before", "after", "label"}: reward of the starting policy and the last,
@@ -431,12 +459,18 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   """
   run = Run(config, workdir)
   config = run.config  # its checkpoint is pinned
-  files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
-  progress = Progress(config.steps, run.step, rewards=files.rewards)
-  try:
+  # Each of them is closed though another fails: the last checkpoint is waited
+  # for though nobody reads the progress.
+  with contextlib.ExitStack() as open_things:
+    open_things.callback(run.close)
+    files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
+    open_things.callback(files.close)
+    progress = Progress(config.steps, run.step, rewards=files.rewards)
+    open_things.callback(progress.close)
     ends = run.step in (0, config.steps)
     wanted = ends or _due(run.step, config.eval_every)
-    if wanted and not files.has_evaluation(run.step):  # a kill came before it
+    # A kill came before it, or it was of other prompts or rewards.
+    if wanted and not files.has_evaluation(run.step, run.setting):
       _evaluate(run, files, progress)
     if run.step == 0:
       run.save()
@@ -456,10 +490,6 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
       if last or _due(run.step, config.eval_every):
         _evaluate(run, files, progress)
         files.explored(run.program.samples)
-  finally:
-    progress.close()
-    files.close()
-    run.close()
   write_report(run.workdir)
   return files.summary()
 

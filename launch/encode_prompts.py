@@ -68,6 +68,7 @@ def main() -> None:
     )
   mesh = make_mesh({"data": len(devices) // tensor, "tensor": tensor}, devices)
   prompts = [text for file in _PROMPTS.value for text in read_prompts(file)]
+  count = len(set(prompts))
   prompts.append(_NEGATIVE.value)
   encoder = load_prompt_encoder(
     _CHECKPOINT.value,
@@ -79,7 +80,7 @@ def main() -> None:
   cached_embeddings(
     encoder, prompts, _OUT.value, pace_reporter("encoded prompts")
   )
-  print(f"{len(set(prompts))} prompts in {_OUT.value}")
+  print(f"{count} prompts and the negative one in {_OUT.value}")
 
 
 if __name__ == "__main__":

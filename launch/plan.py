@@ -56,6 +56,8 @@ def main() -> None:
   from digen_jax import assemble, plan_basis, planning
 
   _check_flags()
+  if _OUT.value:
+    planning.check_out(_OUT.value)
   config = _CONFIG.get()
   plan_basis.row_axes(config, "rollout")  # told before anything is measured
   if _DEVICE.value:

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains the embedded text-to-image model on the embedded task, from nothing.
 #   launch/quickstart.sh [--workdir=DIR] [--config.seed=1 …]
-source "$(dirname "$0")/setup.sh"
+source "$(dirname "$0")/setup.sh" ""  # else it would read our arguments
 args=("$@")
 case " $* " in
   *" --workdir"*) ;;

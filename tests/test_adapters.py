@@ -498,3 +498,14 @@ def test_resuming_with_other_adapters(run, tmp_path):
       lambda: check_resumable(changed, started, record, workdir),  # noqa: B023
       rf"config\.train\.{field}=",
     )
+
+
+def test_prompts_that_the_reward_cannot_read_are_told_before_sampling(
+  run, tmp_path, monkeypatch
+):
+  (tmp_path / "prompts.txt").write_text("a dog on a bicycle\n")
+  monkeypatch.setattr(jobs, "check_policy", None)  # not to be called
+  refused(
+    lambda: jobs.evaluate_run(run[0], tmp_path / "prompts.txt", None, None),
+    "prompt",
+  )

@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 
 from digen_jax import training
-from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
 from digen_jax.island import Island
 from digen_jax.pipeline.scheduler import Lane, start_step
 from digen_jax.pipeline.steady import Pays
 from digen_jax.pipeline.units import Kind, Unit, Workload
+from tests.arrays import to_host
 from tests.small_run import distance, small_config, write_prompts
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

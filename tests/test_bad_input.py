@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from digen_jax import assets, training
-from digen_jax.checkpoint import to_host
+from digen_jax import assets, run_files, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.lanes import lane_axes
 from digen_jax.pipeline.execute import UnitError
 from digen_jax.pipeline.units import Kind
+from tests.arrays import to_host
 from tests.small_run import small_config
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")
@@ -293,3 +293,66 @@ def test_other_scripts_refuse_what_is_not_a_run(tmp_path, prompts_file):
   done = launch("evaluate.py", f"--run={tmp_path}", f"--prompts={prompts_file}")
   assert done.returncode == 2
   assert "is not a run" in done.stderr
+
+
+@pytest.mark.parametrize("field", ["checkpoint", "prompts", "reward"])
+def test_what_no_run_can_do_without(field, prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config[field] = ""
+  refused(config, tmp_path, f"config.{field} is not set: give ")
+
+
+def test_a_directory_in_which_another_process_runs(prompts_file, tmp_path):
+  (tmp_path / run_files.LOCK).touch()
+  hold = (
+    "import fcntl, sys; file = open(sys.argv[1], 'a'); "
+    "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); input()"
+  )
+  holds = subprocess.Popen(
+    [sys.executable, "-c", hold, tmp_path / run_files.LOCK],
+    stdin=subprocess.PIPE,
+    stdout=subprocess.PIPE,
+    text=True,
+  )
+  try:
+    assert holds.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match="another process runs in"):
+      training.Run(from_config_dict(small_config(prompts_file)), tmp_path)
+  finally:
+    holds.communicate("")
+  os.close(run_files.lock(tmp_path))
+
+
+def test_what_a_run_has_open_is_closed_though_progress_cannot_be(
+  prompts_file, tmp_path, monkeypatch
+):
+  closed = []
+
+  def broken(self):
+    raise BrokenPipeError("nobody reads")
+
+  close = training.Run.close
+  monkeypatch.setattr(training.Progress, "close", broken)
+  monkeypatch.setattr(
+    training.Run, "close", lambda self: closed.append(close(self))
+  )
+  config = small_config(prompts_file)
+  config.steps = 1
+  with pytest.raises(BrokenPipeError):
+    training.train(from_config_dict(config), tmp_path)
+  assert closed == [None]
+  # The last checkpoint is whole, and a finished run is not evaluated again ...
+  monkeypatch.undo()
+  before = (tmp_path / "evaluation.json").read_text()
+  told = []
+  evaluate = training.Run.evaluate
+  monkeypatch.setattr(
+    training.Run, "evaluate", lambda self: told.append(1) or evaluate(self)
+  )
+  training.train(from_config_dict(config), tmp_path)
+  assert not told and (tmp_path / "evaluation.json").read_text() == before
+  # ... but with another reward.
+  config.reward = "shapes_colour"
+  training.train(from_config_dict(config), tmp_path)
+  rows = json.loads((tmp_path / "evaluation.json").read_text())
+  assert told and "shapes_colour_mean" in rows[-1]

@@ -28,6 +28,8 @@ from digen_jax.benchmarks import (
 from digen_jax.benchmarks.ladder import FRESH, workload_config
 from digen_jax.errors import UserError
 from digen_jax.models import abstract_model, lora
+from digen_jax.pipeline.scheduler import Lane, start_step
+from digen_jax.pipeline.steady import Pays
 from digen_jax.pipeline.units import Kind, Unit, Workload, step_units
 from digen_jax.timeline import Span
 from digen_jax.weights import load, safetensors
@@ -337,3 +339,18 @@ def test_a_device_holds_its_part_of_a_full_size_step(tmp_path):
   assert 0.9 * whole / 8 < lora["stored on a device, GB"] < 1.2 * whole / 8
   assert 1.8 * whole / 8 < full["stored on a device, GB"] < 2.2 * whole / 8
   assert max(lora["temporaries, GB"], full["temporaries, GB"]) < whole
+
+
+def test_rungs_assist_amid_stale_units_only_where_that_pays(monkeypatch):
+  monkeypatch.setattr(ladder, "Search", lambda *_: lambda *_: True)
+  rung = types.SimpleNamespace(team=types.SimpleNamespace(lanes=()))
+  work = Workload(groups=4, group_size=2, window=1, stale=2)
+  asked = Lane("trainer", frozenset()), Unit(Kind.GENERATE, 0), {}
+  for last, assists, answer in (
+    (1, True, True),
+    (1, False, False),
+    (0, False, True),
+  ):
+    pays = Pays(stale=True, assists=assists)
+    assist = ladder._Rung.assist(rung, None, None, pays)
+    assert assist(start_step(work, 0, last=last), *asked) == answer

@@ -48,6 +48,7 @@ def test_a_typo_in_a_file_is_an_error():
     ({"sampling": {"window": 10}}, "does not fit"),
     ({"sampling": {"window": 3, "window_first": 2}}, "does not fit"),
     ({"sampling": {"window_first": 10}}, "never trained"),
+    ({"sampling": {"window": 0, "window_first": 2}}, r"window=0 \(0 is all\)"),
     (
       {"sampling": {"kernel": "flow_cps", "noise_level": 1.2}},
       "noise_level is the share .* at most 1; got 1.2",
@@ -70,6 +71,8 @@ def test_a_typo_in_a_file_is_an_error():
     ({"train": {"updates_per_batch": 3}}, "does not divide"),
     ({"train": {"ema_decay": 1.0}}, r"in \[0, 1\)"),
     ({"train": {"lora_targets": "q"}}, "takes a list of strings"),
+    ({"train": {"lora_targets": ("*attn",)}}, r"'\*attn' is no regular expr"),
+    ({"train": {"lora_rank": 4, "lora_targets": ()}}, "lora_targets is empty"),
     ({"pipeline": {"generate_size": 3}}, "must divide the group size 8"),
     ({"pipeline": {"train_size": 12}}, "or be a multiple of it"),
     ({"dtype": {"compute": "float16"}}, "must be one of"),
@@ -112,3 +115,16 @@ def test_every_config_is_one(file):
     config = from_config_dict(module.get_config())
     assert config.steps > 0
     assert workload(config).samples >= 64
+
+
+def test_stale_units_are_at_most_the_part_that_may_be():
+  def stale(prompts, tcss):
+    config = {"batch": {"prompts": prompts}, "pipeline": {"tcss": tcss}}
+    return workload(from_config_dict(config)).stale
+
+  assert [stale(n, 0.5) for n in (2, 3, 7)] == [1, 1, 3]
+  assert (stale(10, 0.3), stale(3, 1.0), stale(3, 0.0)) == (3, 3, 0)
+  with pytest.raises(
+    UserError, match=r"0\.1 of the 5 Generate units .* than one"
+  ):
+    stale(5, 0.1)

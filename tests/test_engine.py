@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 
 from digen_jax import training
-from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
 from digen_jax.pipeline.units import Kind
+from tests.arrays import to_host
 from tests.small_run import distance, small_config, write_prompts
 
 SPLITS = {

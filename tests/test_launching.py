@@ -1,6 +1,11 @@
 """How a program ends: one line, and a status."""
 
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +13,8 @@ from digen_jax import launching
 from digen_jax.errors import UserError
 from digen_jax.pipeline.execute import UnitError
 from digen_jax.pipeline.units import Kind, Unit
+
+ROOT = Path(__file__).parents[1]
 
 
 class Ended(Exception):
@@ -33,7 +40,7 @@ MEMORY = "RESOURCE_EXHAUSTED: 12 GiB are missing\n" + "allocated: 1\n" * 99
   ("error", "status", "words"),
   [
     (UserError("mend it"), launching.EXIT_BAD_INPUT, "mend it"),
-    (KeyboardInterrupt(), 130, "goes on from what is saved"),
+    (KeyboardInterrupt(), 130, "goes on from its last checkpoint"),
     (PermissionError("no entry"), 1, "PermissionError: no entry"),
     (OSError(28, "No space left on device"), 1, "disk is full"),
     (Exception("I/O error: No space left on device (28)"), 1, "disk is full"),
@@ -69,3 +76,27 @@ def test_bugs_keep_their_traceback(ended):
   with pytest.raises(KeyError):
     launching._guarded(main)
   assert not ended
+
+
+def test_quickstart_passes_its_arguments_on(tmp_path):
+  """The script that sets up reads none of them."""
+  for name in ("setup.sh", "quickstart.sh"):
+    (tmp_path / "launch").mkdir(exist_ok=True)
+    shutil.copy(ROOT / "launch" / name, tmp_path / "launch" / name)
+  python = tmp_path / ".venv" / "bin" / "python"
+  python.parent.mkdir(parents=True)
+  python.write_text('#!/bin/sh\necho "$@"\n')
+  python.chmod(0o755)
+  (tmp_path / "pyproject.toml").write_text("")
+  done = subprocess.run(
+    ["bash", "launch/quickstart.sh", "--config.seed=1", "--workdir=x/y"],
+    cwd=tmp_path,
+    env=os.environ | {"PYTHON": sys.executable},
+    capture_output=True,
+    text=True,
+    timeout=60,
+    check=True,
+  )
+  *_, install, ran = done.stdout.splitlines()
+  assert install.endswith("--editable .")
+  assert ran.endswith("tiny_shapes.py --config.seed=1 --workdir=x/y")

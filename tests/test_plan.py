@@ -583,3 +583,28 @@ def test_a_timeline_file_and_its_devices(tmp_path):
   assert predicted == pytest.approx(took, rel=1e-3)
   with pytest.raises(UserError, match="does not exist"):
     plan_basis.from_timeline(small_config(), tmp_path / "none.json")
+
+
+def test_a_published_model_is_planned_at_the_size_of_the_config():
+  own = plan_basis.from_ledgers(small_config(), H100, H100, 8, "flux-dev")
+  half = small_config()
+  sampling = dataclasses.replace(half.sampling, height=512, width=512)
+  half = dataclasses.replace(half, sampling=sampling)
+  less = plan_basis.from_ledgers(half, H100, H100, 8, "flux-dev")
+  assert "1 x 512 x 512" in less.assumed[0]
+  assert less.flops.sample < own.flops.sample
+  toy = dataclasses.replace(
+    half, sampling=dataclasses.replace(sampling, height=32, width=32)
+  )
+  found = plan_basis.from_ledgers(toy, H100, H100, 8, "flux-dev")
+  assert "1 x 1024 x 1024" in found.assumed[0]
+
+
+def test_a_plan_does_not_replace_what_a_run_measured(tmp_path):
+  planning.check_out(tmp_path)
+  planning.check_out(tmp_path / "new")
+  (tmp_path / "metrics.jsonl").touch()
+  with pytest.raises(UserError, match=r"directory of a run.*such as .*/plan"):
+    planning.check_out(tmp_path)
+  with pytest.raises(UserError, match="is a file"):
+    planning.check_out(tmp_path / "metrics.jsonl")

@@ -347,3 +347,33 @@ def args_of(heard, method):
 
 def of(step):
   return range(20 * step, 20 * step + WORK.samples)
+
+
+@pytest.mark.parametrize("layout", ["auto", "rollout"])
+def test_assisting_resharded_does_not_fit(layout):
+  """Then the trainer generates in its own layout, unless told otherwise."""
+  program, _, heard = program_of(assisting=True)
+  pipeline = dataclasses.replace(program.config.pipeline, tag_layout=layout)
+  program.config = dataclasses.replace(program.config, pipeline=pipeline)
+  resharded = []
+
+  class Small(Listener):
+    def measure(self, method, *args):
+      if method == "switch":
+        resharded.append(args)
+        raise RuntimeError("RESOURCE_EXHAUSTED: out of memory")
+      return 1.0
+
+  for name, link in program.links.items():
+    program.links[name] = Small(link.hardware, heard)
+  costs = Costs()
+  if layout == "rollout":
+    with pytest.raises(RuntimeError, match="EXHAUSTED"):
+      program.calibrate(0, costs)
+    return
+  program.calibrate(0, costs)
+  assert resharded and not program.resharded_blocks
+  assert ("switch", [False]) in heard
+  generate = Unit(Kind.GENERATE, 0, 0, SIZE)
+  assert costs("trainer", generate) == 1.0
+  assert costs.known([(Kind.GENERATE, "trainer")])

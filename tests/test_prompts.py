@@ -61,7 +61,7 @@ def test_epochs_draw_every_prompt_once():
   for epoch in epochs:
     assert sorted(epoch) == list(range(10))
   assert len({tuple(e) for e in epochs}) == 4
-  assert stream.batch(1) == [prompts[i] for i in walk[4:8]]
+  assert list(stream.indices(1)) == list(walk[4:8])
 
 
 def test_a_step_is_a_function_of_seed_and_step():

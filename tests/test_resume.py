@@ -16,10 +16,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from digen_jax import runs, training
-from digen_jax.checkpoint import to_host
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.metrics import read_metrics
+from tests.arrays import to_host
 from tests.small_run import distance, small_config, write_prompts
 
 pytestmark = pytest.mark.usefixtures("compiled_quickly")

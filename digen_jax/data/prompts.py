@@ -106,10 +106,6 @@ class PromptStream:
     orders = {e: self._order(e) for e in np.unique(epoch)}
     return np.array([orders[e][p] for e, p in zip(epoch, place)])
 
-  def batch(self, step: int) -> list[str]:
-    """The prompts of step `step`, [per_step]."""
-    return [self.prompts[i] for i in self.indices(step)]
-
   def _order(self, epoch: int) -> np.ndarray:
     rng = np.random.default_rng([self.seed, int(epoch)])
     return rng.permutation(len(self.prompts))

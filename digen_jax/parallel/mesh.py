@@ -156,7 +156,8 @@ def mesh_axes(
       raise UserError(
         f"'auto' for the {name} mesh of config.mesh is left without a device: "
         f"{available} there, and disaggregated mode needs at least one for "
-        "each role; use config.pipeline.mode='colocated' or raise config.devices"
+        "each role; use config.pipeline.mode='colocated', or more devices (on "
+        "CPU, raise config.devices)"
       )
   if mode == "colocated":
     sizes = _together(sizes)

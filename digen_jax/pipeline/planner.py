@@ -15,7 +15,7 @@ from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.search import Budget, large
 from digen_jax.pipeline.simulate import Assist, Cost, always, never
 from digen_jax.pipeline.steady import end, in_the_long_run, ways
-from digen_jax.pipeline.units import Kind, Workload, full_sizes
+from digen_jax.pipeline.units import Kind, Workload, full_sizes, part_of
 from digen_jax.timeline import Accounting, Span, lane_accounting
 
 TRAINS = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
@@ -166,7 +166,7 @@ def cut(work: Workload, split: Split, techniques: Techniques) -> Workload:
     train_size=split.train_size,
     pack=split.pack if techniques.tsp else 1,
     gap=techniques.gap,
-    stale=round(techniques.tcss * count),
+    stale=part_of(count, techniques.tcss),
   )
 
 

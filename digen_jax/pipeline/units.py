@@ -9,6 +9,7 @@ whatever the order in which they ran.
 import dataclasses
 import enum
 import functools
+import math
 
 
 class Kind(enum.StrEnum):
@@ -138,6 +139,11 @@ def step_units(work: Workload, step: int) -> tuple[Unit, ...]:
 def numbers(work: Workload, step: int) -> dict[Unit, int]:
   """The place of every unit of a global step in `step_units`."""
   return {unit: i for i, unit in enumerate(step_units(work, step))}
+
+
+def part_of(units: int, fraction: float) -> int:
+  """How many units are at most this part of them: 3 of 10 are 0.3."""
+  return math.floor(units * fraction + 1e-9)
 
 
 def full_sizes(work: Workload) -> dict[Kind, int]:
