@@ -274,7 +274,7 @@ def test_launch_script_goes_on_where_it_was_killed(pipeline, tmp_path, encoder):
     text=True,
     check=True,
   )
-  assert done.stdout == f"11 prompts in {folder}\n"  # and the negative one
+  assert done.stdout == f"10 prompts and the negative one in {folder}\n"
   assert {f: f.stat().st_mtime_ns for f in kept} == kept
   assert len(batches(folder)) == 6
   found = cached_embeddings(encoder, prompts, folder)

@@ -136,14 +136,19 @@ def test_the_commit_is_written_down(client, tmp_path, monkeypatch):
   assert found.pop()[0] == f"owner/name@{FIRST}"
 
   pinned = dataclasses.replace(config, checkpoint=f"owner/name@{FIRST}")
+  closed = []
   opened = types.SimpleNamespace(
-    config=pinned, workdir=tmp_path, hardware={}, step=0
+    config=pinned,
+    workdir=tmp_path,
+    hardware={},
+    step=0,
+    close=lambda: closed.append(True),
   )
   monkeypatch.setattr(training, "Run", lambda *_: opened)
   monkeypatch.setattr(run_files, "RunFiles", stop)
   with pytest.raises(UserError, match="enough"):
     training.train(config, tmp_path)
-  assert pinned in found.pop()
+  assert pinned in found.pop() and closed
 
 
 @pytest.mark.parametrize(
