@@ -60,24 +60,12 @@ class Assembly:
 
 
 def workload(config: Config) -> Workload:
-  """The units of a global step.
-
-  Raises:
-    UserError: `pipeline.tcss` allows no stale unit.
-  """
+  """The units of a global step."""
   window = config.sampling.window or config.sampling.num_steps - 1
   pipeline = config.pipeline
   pack = min(pipeline.timesteps_per_pack or window, window)
   samples = config.batch.prompts * config.batch.group_size
   size = pipeline.generate_size or config.batch.group_size
-  units = -(-samples // size)
-  stale = part_of(units, pipeline.tcss)
-  if pipeline.tcss and not stale:
-    raise UserError(
-      f"config.pipeline.tcss={pipeline.tcss:g} of the {units} Generate units of "
-      "a step is less than one: raise it, set 0, or make more units "
-      "(config.pipeline.generate_size)"
-    )
   return Workload(
     groups=config.batch.prompts,
     group_size=config.batch.group_size,
@@ -88,7 +76,7 @@ def workload(config: Config) -> Workload:
     pack=pack if pipeline.tsp else 1,
     scope=config.advantage.scope,
     gap=pipeline.gap,
-    stale=stale,
+    stale=part_of(-(-samples // size), pipeline.tcss),
     held=pipeline.held_gradients,
   )
 

@@ -36,7 +36,7 @@ class Sampling:
     noise_level: the kernel's noise level (`a` of Flow-SDE and Flow-CPS, `eta`
       of Dance-SDE).
     window: number of consecutive stochastic, trained steps; 0 trains every
-      step but the last.
+      step but the last, which `window_first` must then leave.
     window_first: the window lies within this many first steps; 0 means
       anywhere before the last step. One start per prompt group.
     shared_noise: start all samples of a group from the same latents, so that
@@ -140,7 +140,8 @@ class Pipeline:
     rat: rollout-assisted training: an idle rollout lane computes gradients.
     bts: bubble-triggered search for how much an idle lane takes; off, it takes
       what there is.
-    tcss: stale fraction: up to this part of a step's Generate units may start
+    tcss: stale fraction: up to this part of a step's Generate units, and at
+      least one unless it is 0, may start
       with the version before, while that is trained on; 0 is off. None do in
       the step before a checkpoint, and where the measured costs say that it
       would not make steps 2 % shorter. What a run learns then depends on timing.
@@ -537,7 +538,7 @@ def _check_lora(train: Train) -> None:
       "config.train.lora_targets is empty: name the layers that get adapters, "
       "such as ('attn', 'ff'), or set config.train.lora_rank=0"
     )
-  for target in train.lora_targets:
+  for target in train.lora_targets if train.lora_rank else ():
     try:
       re.compile(target)
     except re.error as error:

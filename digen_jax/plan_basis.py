@@ -146,19 +146,21 @@ def from_ledgers(
     rollout: what generates.
     trainer: what trains.
     devices: of both roles.
-    model: name of a published model in place of the config's; it is sampled
-      at its own size, with its own guidance, unless the config has a size.
+    model: name of a published model in place of the config's; size, frames
+      and guidance are its own where the config has the default.
 
   Raises:
     UserError: unknown model, or it does not fit.
   """
   sampling = config.sampling
-  toy = Sampling.height, Sampling.width, Sampling.num_frames
-  sizes = sampling.height, sampling.width, sampling.num_frames
-  if model and sizes == toy:  # a config of another model has none of its own
+  if model:
     settings = find_model(model).settings
     names = ("height", "width", "num_frames", "guidance_scale")
-    own = {name: getattr(settings, name) for name in names}
+    own = {
+      name: getattr(settings, name)
+      for name in names
+      if getattr(sampling, name) == getattr(Sampling, name)  # not set
+    }
     sampling = dataclasses.replace(sampling, **own)
     config = dataclasses.replace(config, sampling=sampling)
   job, kinds = job_of(config, model), (rollout, trainer)

@@ -234,10 +234,12 @@ class Program:
     units = {unit.kind: unit for unit in reversed(step_units(self.work, step))}
     for lane, (method, *args) in self._first_calls(step):
       link, unit = self.links[lane], units[KINDS[method]]
-      seconds = link.call("measure", method, *args).result()
       own = lane in self.team.rollouts or method == "gradients"
-      if not own and self.config.pipeline.tag_layout != "trainer":
-        forced = self.config.pipeline.tag_layout == "rollout"
+      layout = "trainer" if own else self.config.pipeline.tag_layout
+      forced, seconds = layout == "rollout", math.inf
+      if not forced:
+        seconds = link.call("measure", method, *args).result()
+      if layout != "trainer":
         try:
           switch = link.call("measure", "switch", True).result()
           block = link.call("measure", method, *args).result()

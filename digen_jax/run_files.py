@@ -1,6 +1,7 @@
 """The files of a run: what is written to a workdir, and when."""
 
 import dataclasses
+import errno
 import fcntl
 import json
 import logging
@@ -66,16 +67,17 @@ def lock(workdir: Path) -> int:
     UserError: another process has it.
   """
   workdir.mkdir(parents=True, exist_ok=True)
-  file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT)
+  file = os.open(workdir / LOCK, os.O_RDWR | os.O_CREAT, 0o666)
   try:
     fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except (BlockingIOError, PermissionError) as error:
-    os.close(file)
-    raise UserError(
-      f"another process runs in {workdir}: wait for it, end it, or choose "
-      "another --workdir"
-    ) from error
-  except OSError as error:  # a file system that has no locks
+  except OSError as error:
+    if error.errno in (errno.EACCES, errno.EAGAIN):
+      os.close(file)
+      raise UserError(
+        f"another process runs in {workdir}: wait for it, end it, or choose "
+        "another --workdir"
+      ) from error
+    # A file system without locks.
     _log.warning("%s cannot be locked (%s)", workdir, error)
   return file
 
@@ -237,10 +239,9 @@ class RunFiles:
     self._evaluations = [
       row for row in self._read_evaluations() if row["step"] <= step
     ]
-    if step:  # at 0 it is made anew
-      for row in self._evaluations:
-        if row["step"] == step:
-          self._metrics.evaluation(step, row)
+    for row in self._evaluations:
+      if row["step"] == step:
+        self._metrics.evaluation(step, row)
 
   def _placed_at(self, placed: dict[str, Any], step: int) -> int:
     """The first step that ran where this one does: a run may have moved."""
@@ -271,7 +272,10 @@ class RunFiles:
   def evaluated(self, result: Evaluated) -> None:
     """After an evaluation: its row and its pictures."""
     self._timeline.flush()
-    rows = [r for r in self._evaluations if r["step"] != result.step]
+    made = result.step, result.setting
+    rows = [
+      r for r in self._evaluations if (r["step"], r.get("setting")) != made
+    ]
     self._evaluations = [*rows, result.row()]
     self._write_json("evaluation.json", self._evaluations)
     self._metrics.evaluation(result.step, result.row())
@@ -294,16 +298,11 @@ class RunFiles:
       media.best_and_worst(samples.images, samples.rewards, samples.prompts),
     )
 
-  def summary(self) -> dict[str, Any]:
-    """Held-out reward of the last evaluation, and the first that compares;
+  def summary(self, setting: str) -> dict[str, Any]:
+    """Held-out reward of the last evaluation in a setting, and of the first;
     and the lanes in the steps that were trained here, in a line."""
-    last = self._evaluations[-1]
-    what = last["split"], last.get("setting")
-    first = next(
-      row
-      for row in self._evaluations
-      if (row["split"], row.get("setting")) == what
-    )
+    rows = [r for r in self._evaluations if r.get("setting") == setting]
+    first, last = rows[0], rows[-1]
     return {
       "before": first["reward_mean"],
       "after": last["reward_mean"],

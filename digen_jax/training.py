@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +50,7 @@ class Run:
     """Checks everything that shapes tell, encodes prompts, loads weights.
 
     Nothing is written before the checks, and of the run nothing but the
-    embeddings.
+    embeddings and a lock, which keeps other processes out until it is closed.
 
     Args:
       config: the run.
@@ -85,6 +85,11 @@ class Run:
     assembly = assemble.assemble(config, weights=False)
     check_lanes(axes, assembly)
     self.work = assembly.work
+    _check_stale(config, self.work)
+    if self._unlock is None:
+      self._lock()
+      # Another process may have begun, and ended, in the meantime.
+      run_files.check_earlier(config, self.fingerprint, self.workdir)
     self.stream = PromptStream(
       tuple(prompts), config.seed, config.batch.prompts
     )
@@ -149,8 +154,6 @@ class Run:
     self._failed = False
     self._pays = Pays(stale=True, assists=True)
     self._reviewed = -REVIEW_EVERY
-    if self._unlock is None:
-      self._lock()
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
@@ -424,6 +427,31 @@ def _check_given(config: Config) -> None:
       raise UserError(f"config.{name} is not set: give {what}")
 
 
+def _check_stale(config: Config, work: Workload) -> None:
+  """Raises UserError where `pipeline.tcss` allows no stale unit."""
+  if config.pipeline.tcss and not work.stale:
+    units = -(-work.samples // work.generate_size)
+    raise UserError(
+      f"config.pipeline.tcss={config.pipeline.tcss:g} of the {units} Generate "
+      "units of a step is less than one: raise it, set 0, or make more units "
+      "(config.pipeline.generate_size)"
+    )
+
+
+@contextlib.contextmanager
+def _closed(close: Callable[[], None]) -> Iterator[None]:
+  """Closes at the end. What failed before is told, not what fails then."""
+  try:
+    yield
+  except BaseException as error:
+    try:
+      close()
+    except Exception as also:
+      error.add_note(f"(and at the end: {also})")
+    raise
+  close()
+
+
 def _probe(reward: Composite, prompts: list[str], config: Config) -> None:
   """Scores two pictures of noise: a reward that is down shows at once."""
   sampling = config.sampling
@@ -454,7 +482,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
     {"lanes"}: how busy they were in the steps trained now, in a line.
 
   Raises:
-    UserError: bad input; the directory is as it was.
+    UserError: bad input; of an earlier run nothing is changed.
     UnitError: a unit of work failed.
   """
   run = Run(config, workdir)
@@ -462,14 +490,14 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   # Each of them is closed though another fails: the last checkpoint is waited
   # for though nobody reads the progress.
   with contextlib.ExitStack() as open_things:
-    open_things.callback(run.close)
+    open_things.enter_context(_closed(run.close))
     files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
-    open_things.callback(files.close)
+    open_things.enter_context(_closed(files.close))
     progress = Progress(config.steps, run.step, rewards=files.rewards)
-    open_things.callback(progress.close)
+    open_things.enter_context(_closed(progress.close))
     ends = run.step in (0, config.steps)
     wanted = ends or _due(run.step, config.eval_every)
-    # A kill came before it, or it was of other prompts or rewards.
+    # A kill came before it, or what it depends on is another now.
     if wanted and not files.has_evaluation(run.step, run.setting):
       _evaluate(run, files, progress)
     if run.step == 0:
@@ -491,7 +519,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
         _evaluate(run, files, progress)
         files.explored(run.program.samples)
   write_report(run.workdir)
-  return files.summary()
+  return files.summary(run.setting)
 
 
 def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:

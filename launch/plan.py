@@ -34,7 +34,10 @@ _TRAINER = flags.DEFINE_string(
   "trainer_device", None, "--device: kind of the trainer's, if another."
 )
 _MODEL = flags.DEFINE_string(
-  "model", "", "--device: a published model, in place of config.checkpoint."
+  "model",
+  "",
+  "--device: a published model, in place of config.checkpoint; size, frames and "
+  "guidance are its own where the config has the default.",
 )
 _MFU = flags.DEFINE_float(
   "mfu", None, "--device: part of the peak that denoising and training reach."

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from digen_jax import assets, run_files, training
+from digen_jax import assets, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.lanes import lane_axes
@@ -302,25 +302,68 @@ def test_what_no_run_can_do_without(field, prompts_file, tmp_path):
   refused(config, tmp_path, f"config.{field} is not set: give ")
 
 
-def test_a_directory_in_which_another_process_runs(prompts_file, tmp_path):
-  (tmp_path / run_files.LOCK).touch()
-  hold = (
-    "import fcntl, sys; file = open(sys.argv[1], 'a'); "
-    "fcntl.lockf(file, fcntl.LOCK_EX); print('held', flush=True); input()"
-  )
-  holds = subprocess.Popen(
-    [sys.executable, "-c", hold, tmp_path / run_files.LOCK],
+def test_less_than_one_stale_unit(prompts_file, tmp_path):
+  config = small_config(prompts_file)
+  config.pipeline.tcss = 0.4
+  refused(config, tmp_path, "tcss=0.4 of the 2 Generate units .* less than one")
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from digen_jax import run_files
+from digen_jax.errors import UserError
+try:
+  held = run_files.lock(Path(sys.argv[1]))
+except UserError as error:
+  print(error, flush=True)
+else:
+  print("held", flush=True)
+  input()
+"""
+
+
+def hold(workdir):
+  """Another process that locks a directory, and what it says."""
+  process = subprocess.Popen(
+    [sys.executable, "-c", HOLD, workdir],
     stdin=subprocess.PIPE,
     stdout=subprocess.PIPE,
     text=True,
+    cwd=ROOT,
   )
+  return process, process.stdout.readline()
+
+
+def test_one_process_runs_in_a_directory(prompts_file, tmp_path, monkeypatch):
+  config, workdir = from_config_dict(small_config(prompts_file)), tmp_path / "r"
+  job = training.Run(config, workdir)
+  process, said = hold(workdir)
+  process.communicate("")
+  assert "another process runs in" in said
+  job.close()
+  process, said = hold(workdir)
+  assert said == "held\n"
   try:
-    assert holds.stdout.readline() == "held\n"
-    with pytest.raises(UserError, match="another process runs in"):
-      training.Run(from_config_dict(small_config(prompts_file)), tmp_path)
+    with monkeypatch.context() as patch:
+      patch.setattr(training, "read_prompts", None)  # told before
+      with pytest.raises(UserError, match="another process runs in"):
+        training.Run(config, workdir)
   finally:
-    holds.communicate("")
-  os.close(run_files.lock(tmp_path))
+    process.communicate("")
+  training.Run(config, workdir).close()
+
+
+def test_what_ended_a_run_is_told_and_not_what_failed_then():
+  def broken():
+    raise OSError("the disk is gone")
+
+  told = pytest.raises(UserError, match="reward is down")
+  with told as error, training._closed(broken):
+    raise UserError("the reward is down")
+  assert error.value.__notes__ == ["(and at the end: the disk is gone)"]
+  with pytest.raises(OSError, match="disk is gone"), training._closed(broken):
+    pass
 
 
 def test_what_a_run_has_open_is_closed_though_progress_cannot_be(
@@ -355,4 +398,10 @@ def test_what_a_run_has_open_is_closed_though_progress_cannot_be(
   config.reward = "shapes_colour"
   training.train(from_config_dict(config), tmp_path)
   rows = json.loads((tmp_path / "evaluation.json").read_text())
+  assert rows[:-1] == json.loads(before)
   assert told and "shapes_colour_mean" in rows[-1]
+  # With the first again what was found before is told, and nothing made anew.
+  told.clear()
+  config.reward = "shapes"
+  summary = training.train(from_config_dict(config), tmp_path)
+  assert not told and summary["after"] == rows[-2]["reward_mean"]

@@ -189,7 +189,7 @@ def test_tensorboard_forgets_what_is_done_again(step, tmp_path):
   assert _purges(tmp_path / "tensorboard") == [step]
 
 
-@pytest.mark.parametrize(("step", "kept"), [(0, []), (4, [(4, 0.75)])])
+@pytest.mark.parametrize(("step", "kept"), [(0, [(0, 0.5)]), (4, [(4, 0.75)])])
 def test_the_evaluation_at_the_resumed_step_stays(step, kept, tmp_path):
   rows = [
     {"step": s, "split": "held_out", "reward_mean": r}

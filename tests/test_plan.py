@@ -598,6 +598,11 @@ def test_a_published_model_is_planned_at_the_size_of_the_config():
   )
   found = plan_basis.from_ledgers(toy, H100, H100, 8, "flux-dev")
   assert "1 x 1024 x 1024" in found.assumed[0]
+  # What the config leaves open is the model's.
+  found = plan_basis.from_ledgers(half, H100, H100, 8, "qwen-image")
+  assert found.assumed[0].endswith("1 x 512 x 512; guidance 4.0")
+  found = plan_basis.from_ledgers(half, H100, H100, 8, "wan2.1-1.3b")
+  assert "81 x 512 x 512" in found.assumed[0]
 
 
 def test_a_plan_does_not_replace_what_a_run_measured(tmp_path):
