@@ -216,6 +216,35 @@ def test_lanes_assist_amid_stale_units_only_where_that_pays():
     assert training.Run._assist(run, state, *asked) == answer
 
 
+def test_predictions_know_where_lanes_do_not_assist():
+  work = Workload(groups=4, group_size=2, window=1, gap=True, stale=2)
+  generates = frozenset({Kind.GENERATE})
+  trains = frozenset({Kind.TRAIN, Kind.UPDATE, Kind.PUBLISH})
+  lanes = (
+    Lane("rollout", generates),
+    Lane("trainer", trains, assists=generates),
+    Lane("host", frozenset({Kind.SCORE})),
+  )
+
+  def cost(lane, unit):
+    return 10.0 if unit.kind == Kind.GENERATE else 1.0
+
+  def predicted(assists, bts=True):
+    run = types.SimpleNamespace(
+      config=from_config_dict({"pipeline": {"bts": bts}}),
+      lanes=lanes,
+      costs=cost,
+      executor=types.SimpleNamespace(left=dict),
+      _measured=lambda: True,
+      _pays=Pays(stale=True, assists=assists),
+    )
+    return training.Run._predict(run, start_step(work, 0, last=1))
+
+  alone, helped = predicted(assists=False), predicted(assists=True)
+  assert alone >= 40 > 30 > helped >= 20
+  assert predicted(assists=True, bts=False) == helped
+
+
 def test_stale_samples_are_corrected_and_counted(
   prompts_file, tmp_path, monkeypatch
 ):
