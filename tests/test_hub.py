@@ -154,7 +154,8 @@ def test_the_commit_is_written_down(client, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
   "path", ["nowhere", "/no/where", "./no/where", "../no", "a/b/c", "runs/"]
 )
-def test_paths_are_no_ids(client, path):
+def test_paths_are_no_ids(client, path, tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)  # where a run may have made them
   with pytest.raises(UserError, match="does not exist"):
     hub.local_checkpoint(path)
   assert not client.asked

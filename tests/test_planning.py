@@ -16,6 +16,7 @@ from digen_jax.benchmarks import published
 from digen_jax.errors import UserError
 from digen_jax.ladder import ladder_chart, ladder_rows, ladder_text
 from digen_jax.pipeline import bounds, steady
+from digen_jax.pipeline import search as search_module
 from digen_jax.pipeline.cost_table import (
   CostTable,
   Measured,
@@ -41,7 +42,6 @@ from digen_jax.pipeline.planner import (
 )
 from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.search import PREDICTED, Search
-from digen_jax.pipeline.search import large as search_large
 from digen_jax.pipeline.simulate import always, never, simulate
 from digen_jax.pipeline.splits import best_split, best_splits
 from digen_jax.pipeline.steady import what_pays
@@ -366,15 +366,35 @@ def test_assistance_amid_stale_units_is_never_slower_in_the_long_run(seed):
 def test_where_a_search_would_be_slower_in_the_long_run(
   seed, units, monkeypatch
 ):
-  monkeypatch.setattr("digen_jax.pipeline.search.SEARCHED_UNITS", units)
+  monkeypatch.setattr(search_module, "SEARCHED_UNITS", units)
   work, lanes, cost, search = _amid_stale(seed)
-  assert search_large(work) == (units == 1)
+  assert search_module.large(work) == (units == 1)
   alone = steady.steady(work, lanes, cost, never).step_seconds
   searched = steady.steady(work, lanes, cost, search).step_seconds
   assert searched > alone * (1 + steady.WORTH)
   assert what_pays(work, lanes, cost) == steady.Pays(True, False)
   # Who must always help is not asked.
   assert what_pays(work, lanes, cost, bts=False).assists
+
+
+def test_a_review_of_large_steps_searches_once_a_step(monkeypatch):
+  searched, simulations = search_module.simulate, []
+  monkeypatch.setattr(
+    search_module,
+    "simulate",
+    lambda *args, **options: (
+      simulations.append(args) or searched(*args, **options)
+    ),
+  )
+  work, lanes, cost, _ = _amid_stale(37)
+  counts = []
+  for units in (1, 100):
+    monkeypatch.setattr(search_module, "SEARCHED_UNITS", units)
+    simulations.clear()
+    what_pays(work, lanes, cost)
+    counts.append(len(simulations))
+  steps = 1 + sum(steady.FEWER_STEPS)  # fresh, and with stale units
+  assert counts[0] <= 4 * steps < counts[1]
 
 
 def test_a_colocated_lane_samples_ahead_while_rewards_are_out():
