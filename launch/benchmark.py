@@ -132,9 +132,9 @@ def main(name: str) -> None:
       f"{name!r} is no benchmark: name one of {', '.join(BENCHMARKS)} before "
       "the flags"
     )
+  own = {flag.name for flag in BENCHMARKS[name][1]}
   for other, (_, theirs) in BENCHMARKS.items():
-    own = BENCHMARKS[name][1]
-    given = [f.name for f in theirs if f.present and f not in own]
+    given = [f.name for f in theirs if f.present and f.name not in own]
     if given:
       raise UserError(f"--{given[0]} is a flag of {other}, not of {name}")
   if _OUT.value:  # fails before the benchmark where it cannot be written

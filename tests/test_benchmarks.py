@@ -56,6 +56,25 @@ def test_unknown_names_are_refused(tmp_path):
   assert "'nothing' is no benchmark: name one of" in done.stderr
 
 
+@pytest.mark.parametrize(
+  ("name", "flag", "words"),
+  [
+    # Its own: then it is the file in the way that ends it.
+    ("learning", "--steps=3", "file"),
+    ("learning", "--seeds=1", "file"),
+    ("models", "--size=tiny", "file"),
+    ("loading", "--steps=3", "--steps is a flag of learning, not of loading"),
+  ],
+)
+def test_flags_of_one_benchmark(name, flag, words, tmp_path):
+  (tmp_path / "file").touch()
+  out = f"--out={tmp_path}/file/record.json"
+  command = [sys.executable, SCRIPT, name, f"--workdir={tmp_path}", flag, out]
+  done = subprocess.run(command, capture_output=True, text=True)
+  (line,) = done.stderr.strip().splitlines()
+  assert line.startswith("error: ") and words in line
+
+
 def test_the_synthetic_checkpoint_is_one(tmp_path):
   largest = loading.write_checkpoint(tmp_path, 0.012, heads=1)
   files = safetensors.find_files(tmp_path)

@@ -127,3 +127,4 @@ def test_stale_units_are_at_most_the_part_that_may_be():
 
   assert [stale(n, 0.5) for n in (2, 3, 7)] == [1, 1, 3]
   assert (stale(10, 0.3), stale(3, 1.0), stale(5, 0.1)) == (3, 3, 0)
+  assert 100 * 0.29 < 29 == stale(100, 0.29)  # but for rounding

@@ -6,6 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from digen_jax import evaluation, rewards
 from digen_jax.config import from_config_dict
@@ -413,3 +414,11 @@ def test_evaluations_of_another_reward_or_other_prompts_do_not_compare():
   for changes in ({"reward": "shapes_count"}, {"eval": {"num_steps": 7}}):
     other = from_config_dict({"reward": "shapes", **changes})
     assert evaluation.setting(other, ["a red circle"]) != same
+
+
+def test_pixels_beside_a_mask():
+  cross = ndimage.generate_binary_structure(2, 1)
+  for seed in range(20):
+    mask = np.random.default_rng(seed).random((6, 7)) < 0.2
+    wanted = ndimage.binary_dilation(mask, cross)
+    np.testing.assert_array_equal(shapes._beside(mask), wanted)
