@@ -147,6 +147,7 @@ class Island:
     self._block: tuple[Any, Any] | None = None  # of an assisting trainer
     self._gradients: dict[int, Any] = {}
     self.total: Any = None
+    self._kept: Any = None  # training state to go back to
     self._added = 0
     self._functions = self._define()
     self._compiled: dict[tuple, Callable] = {}
@@ -343,6 +344,16 @@ class Island:
     self.state, metrics = self._run("update", self.state, gradient)
     return metrics
 
+  def keep(self) -> None:
+    """Copies the training state to the hosts' memory, for `roll_back`."""
+    self._kept = None  # before there are two of them
+    self._kept = _in_memory(self.state, "pinned_host")
+
+  def roll_back(self) -> None:
+    """Goes back to the training state that was kept last."""
+    self.state = self.total = None
+    self.state = _in_memory(self._kept, "device")
+
   def outgoing(self, version: int) -> tuple[int, Parcel]:
     """What was trained, as a new version: its bytes, and itself."""
     self.state_version = version
@@ -502,6 +513,12 @@ class Island:
         f"lane {self.lane.name!r} was asked for policy version {wanted} and "
         f"holds {held}"
       )
+
+
+def _in_memory(tree: Any, kind: str) -> Any:
+  """A copy of the arrays in another memory of the same devices."""
+  layout = jax.tree.map(lambda x: x.sharding.with_memory_kind(kind), tree)
+  return jax.device_put(tree, layout)
 
 
 def _like(tree: Any, whole: Any) -> Any:

@@ -278,7 +278,8 @@ def update(
     gradient: accumulated over the whole update.
 
   Returns:
-    The new state and {"grad_norm"}, before clipping.
+    The new state, which is the old one where the gradient is not finite, and
+    {"grad_norm"}, before clipping.
   """
   # optax mixes integer counts and floats, which strict promotion refuses.
   with jax.numpy_dtype_promotion("standard"):
@@ -290,7 +291,10 @@ def update(
   if recipe.ema_decay:
     ema = ema_update(ema, trainable, recipe.ema_decay)
   new = {"trainable": trainable, "optimizer": optimizer_state, "ema": ema}
-  return new, {"grad_norm": optax.tree.norm(gradient)}
+  norm = optax.tree.norm(gradient)
+  # The run ends there, and its state is to be worth saving.
+  new = optax.tree.where(jnp.isfinite(norm), new, state)
+  return new, {"grad_norm": norm}
 
 
 def _sample_keys(

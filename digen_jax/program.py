@@ -113,6 +113,7 @@ class Program:
     self._receipts: dict[str, Pending] = {}
     self._parcel: Pending | None = None  # that version, for lanes that die
     self._loading: set[str] = set()  # lanes that were started anew
+    self._kept: Pending | None = None  # the state before several updates
     self._begun = 0  # updates of the step
     self._updates: list[Pending] = []
     self.resharded_blocks = False
@@ -149,7 +150,7 @@ class Program:
     self._summed = 0
     self._added = 0  # calls since the last update
     self._interim: Pending | None = None  # weights between two updates
-    self._begun, self._updates = 0, []
+    self._kept, self._begun, self._updates = None, 0, []
 
   def _of(self, step: int) -> Samples:
     """The samples of a step; of a new one its prompts and windows are drawn."""
@@ -418,13 +419,16 @@ class Program:
       raise RuntimeError(
         f"the gradient of samples {missing[0].start}:{missing[0].stop} is missing"
       )
+    link = self.links[lane]
+    if self.work.updates > 1 and not unit.update:
+      self._kept = link.call("keep")
     self._begun += 1
-    metrics = self.links[lane].call("update", self._added)
+    metrics = link.call("update", self._added)
     self._updates.append(metrics)
     self._added = 0
     if unit.update + 1 < self.work.updates and len(self.team.learners) > 1:
       # At once: later it would queue behind the trainer's Train units.
-      self._interim = self.links[lane].call("interim", unit.update + 1)
+      self._interim = link.call("interim", unit.update + 1)
 
     def take(metrics: dict[str, jax.Array]) -> None:
       norm = float(metrics["grad_norm"])
@@ -432,32 +436,43 @@ class Program:
         raise UserError(
           f"the gradient of update {unit.update} is {norm}: lower "
           "config.train.learning_rate or config.sampling.noise_level, or train "
-          "in float32; the last checkpoint is intact"
+          "in float32"
         )
       self.sums["grad_norm"] = max(self.sums.get("grad_norm", 0.0), norm)
 
     return DeviceWork(metrics, take)
 
-  def whole(self) -> int | None:
-    """How many steps further than at its beginning the trainer's state is.
+  def make_whole(self) -> int | None:
+    """Takes the trainer's state back to the beginning of the step, if need be.
 
-    0 before the first update and 1 after the last; None between them, and
-    where one has failed or gave weights that are not finite.
+    Returns:
+      How many steps further than at its beginning the state then is: 0, or 1
+      if all updates are done. None if it is lost: the only update of a step
+      has failed, for which nothing is kept.
 
     Raises:
       LaneLost: the trainer has died.
     """
     if not self._begun:
       return 0
-    if len(self._updates) < self.work.updates:
-      return None
     try:
       norms = [float(i.result()["grad_norm"]) for i in self._updates]
     except LaneLost:
       raise
     except Exception:
+      norms = []
+    if len(norms) == self.work.updates and np.isfinite(norms).all():
+      return 1
+    if self._kept is None:  # what is not finite has changed nothing
+      return 0 if norms else None
+    try:
+      self._kept.result()
+      self.links[self.team.trainer].call("roll_back").result()
+    except LaneLost:
+      raise
+    except Exception:
       return None
-    return 1 if np.isfinite(norms).all() else None
+    return 0
 
   def publish(self, lane: str, unit: Unit) -> Handle:
     """Copies what was trained to the rollout layout; verified before use.

@@ -40,6 +40,7 @@ from digen_jax.timeline import Span, lane_accounting
 from digen_jax.weights.load import fingerprint
 
 SAVED = "(the run's state has been saved: the same command goes on from it)"
+LOST = "(the same command goes on from the last checkpoint)"
 REVIEW_EVERY = 20  # steps; then it is seen anew what pays of TCSS
 
 
@@ -298,7 +299,8 @@ class Run:
 
     Raises:
       UnitError: a unit failed; the state before the step has been saved, or
-        after it if all its updates were done. Amid them there is neither.
+        after it if all its updates were done. There is neither if a step has
+        one update and that is what failed.
     """
     start = time.perf_counter()
     self.program.begin_step(self.step)
@@ -309,13 +311,7 @@ class Run:
     except UnitError as error:
       self._failed = True
       with contextlib.suppress(LaneLost):  # then nothing is left to save
-        saved = self.program.whole()
-        if saved is not None:
-          self.step += saved
-          self.save()
-        self.trainer.call("wait").result()
-        if saved is not None:
-          error.add_note(SAVED)
+        error.add_note(self._rescue())
       raise
     end = time.perf_counter()
     self._ahead = state if state.ahead is not None else None
@@ -323,6 +319,20 @@ class Run:
     row["predicted_step_seconds"] = predicted
     self.step += 1
     return row, spans
+
+  def _rescue(self) -> str:
+    """Saves what is left after a failure: what became of it, in a line."""
+    try:
+      further = self.program.make_whole()
+      if further is not None:
+        self.step += further
+        self.save()
+      self.trainer.call("wait").result()
+    except LaneLost:
+      raise
+    except Exception as also:
+      return f"(the run's state could not be saved: {also})"
+    return LOST if further is None else SAVED
 
   def _state(self) -> State:
     """Where the step begins: stale units of it may be under way or done.

@@ -6,8 +6,10 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -198,39 +200,81 @@ def test_a_reward_that_fails_later_leaves_a_checkpoint(prompts_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("kind", "number", "kept"),
-  [(Kind.TRAIN, 0, 0), (Kind.UPDATE, 1, None), (Kind.PUBLISH, 0, 1)],
+  ("updates", "kind", "number", "kept"),
+  [
+    (2, Kind.TRAIN, 0, 0),
+    (2, Kind.TRAIN, 1, 0),
+    (2, Kind.UPDATE, 1, 0),
+    (2, Kind.PUBLISH, 0, 1),
+    (1, Kind.UPDATE, 0, None),
+  ],
 )
-def test_what_fails_after_the_last_update_loses_no_step(
-  kind, number, kept, prompts_file, tmp_path
+def test_a_failure_loses_no_step_that_was_whole(
+  updates, kind, number, kept, prompts_file, tmp_path
 ):
   config = small_config(prompts_file)
-  config.train.updates_per_batch = 2
+  config.train.updates_per_batch = updates
   config.mesh.rollout, config.mesh.trainer = 1, 1
   config = from_config_dict(config)
   job = training.Run(config, tmp_path)
-  job.save()
+  job.train_one_step()  # no checkpoint: that of the failure is the first
+  before = to_host(job.trainer.island.state)
   start = job.executor._starts[kind]
 
   def broken(lane, unit):
     if unit.update == number:
-      raise RuntimeError("the network is down")
+      down = mock.Mock(side_effect=RuntimeError("the network is down"))
+      for method in ("gradients", "update", "outgoing"):
+        setattr(job.trainer.island, method, down)
     return start(lane, unit)
 
   job.executor._starts = job.executor._starts | {kind: broken}
   with pytest.raises(UnitError, match=f"{kind.value} unit .* network") as told:
     job.train_one_step()
-  notes = getattr(told.value, "__notes__", [])
-  assert notes == ([] if kept is None else [training.SAVED])
-  trained = to_host(job.trainer.island.state["trainable"])
+  note = training.LOST if kept is None else training.SAVED
+  assert told.value.__notes__ == [note]
+  state = to_host(job.trainer.island.state)
   job.close()
   again = training.Run(config, tmp_path)
-  assert again.step == (kept or 0)
+  assert again.step == (0 if kept is None else 1 + kept)
   if kept is not None:
-    found = to_host(again.trainer.island.state["trainable"])
-    jax.tree.map(np.testing.assert_array_equal, found, trained)
+    found = to_host(again.trainer.island.state)
+    jax.tree.map(np.testing.assert_array_equal, found, state)
     sent = to_host(again.team.links["rollout"].island.published)
-    jax.tree.map(np.testing.assert_array_equal, sent, trained)
+    jax.tree.map(np.testing.assert_array_equal, sent, state["trainable"])
+    same = [
+      np.array_equal(*pair)
+      for pair in zip(*map(jax.tree.leaves, (found, before)))
+    ]
+    assert all(same) if kept == 0 else not all(same)
+  again.close()
+
+
+def test_a_gradient_that_is_not_finite_leaves_a_checkpoint(
+  prompts_file, tmp_path, monkeypatch
+):
+  config = small_config(prompts_file)
+  config.mesh.rollout, config.mesh.trainer = 1, 1
+  job = training.Run(from_config_dict(config), tmp_path)
+  job.train_one_step()
+  island = job.trainer.island
+  before = to_host(island.state)
+  run = island._run
+
+  def overflowing(name, *args):
+    if name == "update":
+      args = args[0], jax.tree.map(lambda x: x * jnp.inf, args[1])
+    return run(name, *args)
+
+  monkeypatch.setattr(island, "_run", overflowing)
+  with pytest.raises(UnitError, match=r"update 0 is (nan|inf)") as told:
+    job.train_one_step()
+  assert told.value.__notes__ == [training.SAVED]
+  job.close()
+  again = training.Run(from_config_dict(config), tmp_path)
+  assert again.step == 1
+  found = to_host(again.trainer.island.state)
+  jax.tree.map(np.testing.assert_array_equal, found, before)
   again.close()
 
 

@@ -275,27 +275,41 @@ def test_a_publish_does_not_wait_for_a_lane_that_loads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("norms", "whole"),
+  ("updates", "norms", "whole"),
   [
-    ([], 0),
-    ([1.0], None),  # of two updates
-    ([1.0, 2.0], 1),
-    ([1.0, np.inf], None),
-    ([1.0, ValueError("out of memory")], None),
+    (2, [], 0),
+    (2, [1.0], 0),  # of two
+    (2, [1.0, 2.0], 1),
+    (2, [1.0, np.inf], 0),
+    (2, [1.0, ValueError("out of memory")], 0),
+    (1, [1.0], 1),
+    (1, [np.inf], 0),
+    (1, [ValueError("out of memory")], None),
   ],
 )
-def test_what_is_left_of_a_step_that_failed(norms, whole):
-  program, _, _ = program_of(assisting=False)
+def test_what_is_left_of_a_step_that_failed(updates, norms, whole):
+  program, _, heard = program_of(assisting=False)
+  program.work = dataclasses.replace(program.work, updates=updates)
   program.begin_step(2)
   program._summed = len(program._order)  # all gradients are there
-  for update, norm in enumerate(norms):
-    pending = Done({"grad_norm": norm})
+  trainer = program.links["trainer"]
+
+  def call(method, *args):
+    if method != "update":
+      return trainer.call(method, *args)
+    norm = norms[program._begun - 1]
     if isinstance(norm, Exception):
-      pending = types.SimpleNamespace(result=mock.Mock(side_effect=norm))
-    link = types.SimpleNamespace(call=lambda *_, pending=pending: pending)
-    program.links = {**program.links, "trainer": link}
+      return types.SimpleNamespace(result=mock.Mock(side_effect=norm))
+    return Done({"grad_norm": norm})
+
+  link = types.SimpleNamespace(call=call)
+  program.links = {**program.links, "trainer": link}
+  for update in range(len(norms)):
     program.update("trainer", Unit(Kind.UPDATE, 2, update=update))
-  assert program.whole() == whole
+  heard.clear()
+  assert program.make_whole() == whole
+  back = updates == 2 and whole == 0 and norms
+  assert args_of(heard, "roll_back") == ([[]] if back else [])
 
 
 def test_a_step_of_a_trainer_that_is_gone_is_not_whole():
@@ -308,11 +322,13 @@ def test_a_step_of_a_trainer_that_is_gone_is_not_whole():
   for update in (0, 1):
     program.update("trainer", Unit(Kind.UPDATE, 2, update=update))
   with pytest.raises(LaneLost):
-    program.whole()
+    program.make_whole()
 
 
-def test_an_update_that_cannot_even_begin_leaves_nothing_whole():
+@pytest.mark.parametrize(("updates", "whole"), [(1, None), (2, 0)])
+def test_an_update_that_cannot_even_begin(updates, whole):
   program, _, _ = program_of(assisting=False)
+  program.work = dataclasses.replace(program.work, updates=updates)
   program.begin_step(2)
   program._summed = len(program._order)
   broken = mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED"))
@@ -322,7 +338,7 @@ def test_an_update_that_cannot_even_begin_leaves_nothing_whole():
   }
   with pytest.raises(RuntimeError):
     program.update("trainer", Unit(Kind.UPDATE, 2))
-  assert program.whole() is None
+  assert program.make_whole() == whole
 
 
 def test_every_rollout_lane_is_sent_every_version():
