@@ -24,6 +24,8 @@ from digen_jax.links import Hardware
 from digen_jax.pipeline.scheduler import Lane
 
 FREE_SECONDS = 60.0  # that others may take to let GPUs go
+KIND = "accelerator_type:"  # with a kind of GPU, what every host with them has
+SOME = 0.001  # of that: as much as Ray's own `accelerator_type` takes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,8 +80,12 @@ def start() -> Any:
   return ray
 
 
-def gpus(ray: Any) -> list[int]:
+def gpus(ray: Any, kind: str = "") -> list[int]:
   """GPUs of every host in the cluster that has some.
+
+  Args:
+    ray: from `start`.
+    kind: of GPU, as Ray calls it ("H100"); any if empty.
 
   Raises:
     UserError: there are TPUs, which lanes in Ray cannot use.
@@ -90,22 +96,71 @@ def gpus(ray: Any) -> list[int]:
       "config.pipeline.lanes='ray' runs on GPUs or on processors, and Ray found "
       "TPUs: set config.pipeline.lanes='local', which drives them from one process"
     )
-  return [int(host["GPU"]) for host in hosts if host.get("GPU")]
+  return [
+    int(host["GPU"])
+    for host in hosts
+    if host.get("GPU") and (not kind or KIND + kind in host)
+  ]
 
 
-def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
+def check_hosts(
+  ray: Any, counts: Mapping[str, int], kinds: Mapping[str, str]
+) -> None:
+  """Raises UserError where the GPUs of a lane are nowhere to be had.
+
+  Args:
+    ray: from `start`.
+    counts: GPUs by lane name.
+    kinds: of GPU by lane name; see `gpus`.
+  """
+  for name, count in counts.items():
+    kind = kinds[name]
+    hosts = gpus(ray, kind)
+    if not hosts:
+      known = {
+        resource.removeprefix(KIND)
+        for node in ray.nodes()
+        if node["Alive"]
+        for resource in node["Resources"]
+        if resource.startswith(KIND)
+      }
+      raise UserError(
+        f"config.mesh asks for GPUs of the kind {kind!r} for the {name} lane, "
+        f"and the cluster has {', '.join(sorted(known)) or 'none with a name'}"
+      )
+    if count > max(hosts):
+      raise UserError(
+        f"config.mesh gives the {name} lane {count}{f' {kind}' * bool(kind)} "
+        f"GPUs, and no host of the cluster has more than {max(hosts)}: a lane in "
+        "Ray lives on one host; several rollout lanes are mesh.rollout=[4,4]"
+      )
+    alike = sum(n for lane, n in counts.items() if kinds[lane] == kind)
+    if kind and alike > sum(hosts):
+      raise UserError(
+        f"config.mesh asks for {alike} {kind} GPUs, but the cluster has "
+        f"{sum(hosts)}: lower config.mesh.rollout or config.mesh.trainer, or let "
+        "one of them have another kind"
+      )
+
+
+def place(
+  ray: Any,
+  meshes: Mapping[str, Mapping[str, int]],
+  kinds: Mapping[str, str] | None = None,
+) -> dict[str, Site]:
   """Sites for lanes: GPUs where the cluster has them, else shares of the cores.
 
   Args:
     ray: from `start`.
     meshes: axis sizes by lane name.
+    kinds: of GPU by lane name, see `gpus`; any if None.
 
   Raises:
     UserError: the cluster has TPUs, or its GPUs cannot be had.
   """
   counts = {name: math.prod(axes.values()) for name, axes in meshes.items()}
   if gpus(ray):
-    group = _reserve(ray, counts)
+    group = _reserve(ray, counts, kinds or dict.fromkeys(counts, ""))
     return {
       name: Site(meshes[name], counts[name], group=group, bundle=i)
       for i, name in enumerate(meshes)
@@ -114,17 +169,27 @@ def place(ray: Any, meshes: Mapping[str, Mapping[str, int]]) -> dict[str, Site]:
   return {n: Site(meshes[n], counts[n], shares[n]) for n in meshes}
 
 
-def _reserve(ray: Any, counts: Mapping[str, int]) -> Any:
+def _reserve(
+  ray: Any, counts: Mapping[str, int], kinds: Mapping[str, str]
+) -> Any:
   """A placement group: the GPUs of each lane on one host, all of them or none.
 
   Actors that have been stopped may still hold theirs for a while.
   """
-  group = ray.util.placement_group([{"GPU": n} for n in counts.values()])
+  group = ray.util.placement_group(
+    [
+      {"GPU": count} | ({KIND + kinds[name]: SOME} if kinds[name] else {})
+      for name, count in counts.items()
+    ]
+  )
   if group.wait(FREE_SECONDS):
     return group
   ray.util.remove_placement_group(group)
   free = int(ray.available_resources().get("GPU", 0))
-  lanes = " + ".join(f"{n} ({name})" for name, n in counts.items())
+  lanes = " + ".join(
+    f"{n} ({' '.join(filter(None, (name, kinds[name])))})"
+    for name, n in counts.items()
+  )
   raise UserError(
     f"config.mesh asks for {lanes} GPUs, each lane's on one host; the hosts "
     f"have {gpus(ray)}, of which {free} are free: end what uses the others, or "

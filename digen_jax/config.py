@@ -198,10 +198,15 @@ class Mesh:
   divides the tokens of a sample, tensor its heads.
   "auto" is what the other role leaves; for both, the split with which a step is
   predicted to be shortest, from a unit of each kind measured at start-up.
+
+  rollout_gpu and trainer_gpu choose in a Ray cluster with GPUs of several kinds,
+  by Ray's names ("H100"); "" takes any. For rollout lanes one name, or a list.
   """
 
   rollout: Any = "auto"
   trainer: Any = "auto"
+  rollout_gpu: Any = ""
+  trainer_gpu: str = ""
 
 
 @dataclasses.dataclass(frozen=True)

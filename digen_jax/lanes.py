@@ -75,14 +75,16 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
 
   Raises:
     UserError: the devices do not suffice, accelerators would stay idle, a lane
-      is larger than a host, or Ray is wanted and not installed or has TPUs.
+      is larger than a host or wants GPUs of a kind that is not there, or Ray is
+      wanted and not installed or has TPUs.
   """
   mesh, mode = config.mesh, config.pipeline.mode
   hosts: list[int] = []
   if config.pipeline.lanes == "ray":
     from digen_jax import cluster
 
-    hosts = cluster.gpus(cluster.start())
+    ray = cluster.start()
+    hosts = cluster.gpus(ray)
     available = sum(hosts) or config.devices
     kind = "gpu" if hosts else "cpu"
   else:
@@ -106,14 +108,48 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
       "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES; a cluster of Ray that is "
       "shared is named by RAY_ADDRESS"
     )
-  for name, count in counts.items() if hosts else ():
-    if count > max(hosts):
-      raise UserError(
-        f"config.mesh gives the {name} lane {count} GPUs, and no host of the "
-        f"cluster has more than {max(hosts)}: a lane in Ray lives on one host; "
-        "several rollout lanes are mesh.rollout=[4,4]"
-      )
+  kinds = lane_gpus(config, axes)
+  if hosts:
+    cluster.check_hosts(ray, counts, kinds)
+  elif any(kinds.values()):
+    raise UserError(
+      "config.mesh.rollout_gpu and config.mesh.trainer_gpu choose among the GPUs "
+      "of a cluster: leave them empty where config.pipeline.lanes is 'local' or "
+      "Ray finds no GPUs"
+    )
   return axes
+
+
+def lane_gpus(config: Config, names: Iterable[str]) -> dict[str, str]:
+  """The kind of GPU that each lane is to have, as Ray calls it; "" is any.
+
+  Args:
+    config: the run.
+    names: of its lanes with devices.
+
+  Raises:
+    UserError: they are not given one for each lane.
+  """
+  mesh, names = config.mesh, list(names)
+  kinds = mesh.rollout_gpu
+  if config.pipeline.mode == "colocated":
+    if kinds not in ("", mesh.trainer_gpu):
+      raise UserError(
+        "in colocated mode one lane has the devices of both roles: set "
+        "config.mesh.trainer_gpu alone"
+      )
+    return dict.fromkeys(names, mesh.trainer_gpu)
+  rollouts = [name for name in names if name != "trainer"]
+  if isinstance(kinds, str):
+    kinds = [kinds] * len(rollouts)
+  wrong = not isinstance(kinds, list | tuple) or len(kinds) != len(rollouts)
+  if wrong or not all(isinstance(kind, str) for kind in kinds):
+    raise UserError(
+      "config.mesh.rollout_gpu takes a kind of GPU such as 'H100', or a list of "
+      f"one for each of the {len(rollouts)} rollout lanes; got "
+      f"{mesh.rollout_gpu!r}"
+    )
+  return {**dict(zip(rollouts, kinds)), "trainer": mesh.trainer_gpu}
 
 
 def make_team(config: Config, assembly: Assembly) -> Team:
@@ -211,7 +247,7 @@ def _ray_links(
   from digen_jax import cluster
 
   ray = cluster.start()
-  sites = cluster.place(ray, axes)
+  sites = cluster.place(ray, axes, lane_gpus(config, axes))
   links = {
     lane.name: cluster.RayLink(ray, config, lane, sites[lane.name])
     for lane in lanes

@@ -15,7 +15,7 @@ from digen_jax import cluster, serving, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.evaluation import NOISE_SEED
-from digen_jax.lanes import lane_axes
+from digen_jax.lanes import lane_axes, lane_gpus
 from digen_jax.links import Hardware
 from digen_jax.pipeline.execute import UnitError
 from tests.small_run import distance, small_config
@@ -74,6 +74,76 @@ def test_gpus_are_left_to_ray():
   assert all(site.cores == () for site in sites.values())
 
 
+TWO_KINDS = (
+  {"GPU": 4.0, "accelerator_type:L4": 1.0},
+  {"GPU": 4.0, "accelerator_type:L4": 1.0},
+  {"GPU": 8.0, "accelerator_type:H100": 1.0},
+)
+
+
+@pytest.mark.parametrize(
+  ("rollout", "rollout_gpu", "trainer", "trainer_gpu", "kinds"),
+  [
+    ([4, 4], "L4", 8, "H100", ["L4", "L4", "H100"]),
+    ([4, 2], ["L4", "H100"], 6, "H100", ["L4", "H100", "H100"]),
+    ([4, 4], ["L4", ""], 8, "H100", ["L4", "", "H100"]),
+    (4, "", 8, "", ["", ""]),
+    ([4, 2], ["L4"], 8, "", "one for each of the 2 rollout lanes"),
+    (4, 100, 8, "", "takes a kind of GPU such as 'H100'.* got 100"),
+    (4, "A100", 8, "", "kind 'A100' for the rollout lane, .* has H100, L4"),
+    (6, "L4", 8, "", "rollout lane 6 L4 GPUs, and no host .* more than 4"),
+    (4, "H100", 8, "H100", "asks for 12 H100 GPUs, but the cluster has 8"),
+  ],
+)
+def test_lanes_are_given_the_kind_of_gpu_that_is_asked_for(
+  monkeypatch,
+  prompts_file,
+  rollout,
+  rollout_gpu,
+  trainer,
+  trainer_gpu,
+  kinds,
+):
+  ray = FakeCluster(*TWO_KINDS)
+  monkeypatch.setattr(cluster, "start", lambda: ray)
+  config = small_config(prompts_file)
+  config.pipeline.lanes = "ray"
+  config.mesh.rollout, config.mesh.trainer = rollout, trainer
+  config.mesh.rollout_gpu, config.mesh.trainer_gpu = rollout_gpu, trainer_gpu
+  config = from_config_dict(config)
+  if isinstance(kinds, str):
+    with pytest.raises(UserError, match=kinds) as error:
+      lane_axes(config)
+    assert "\n" not in str(error.value)
+    return
+  axes = lane_axes(config)
+  cluster.place(ray, axes, lane_gpus(config, axes))
+  asked = [
+    next((k for k in bundle if k != "GPU"), "")
+    for bundle in ray.groups[0].bundles
+  ]
+  assert asked == [f"accelerator_type:{k}" * bool(k) for k in kinds]
+
+
+@pytest.mark.parametrize(
+  ("lanes", "mode", "message"),
+  [
+    ("local", "disaggregated", "choose among the GPUs of a cluster"),
+    ("ray", "disaggregated", "choose among the GPUs of a cluster"),
+    ("local", "colocated", "set config.mesh.trainer_gpu alone"),
+  ],
+)
+def test_kinds_of_gpu_that_mean_nothing_are_refused(
+  monkeypatch, prompts_file, lanes, mode, message
+):
+  monkeypatch.setattr(cluster, "start", lambda: FakeCluster({"CPU": 2.0}))
+  config = small_config(prompts_file)
+  config.pipeline.lanes, config.pipeline.mode = lanes, mode
+  config.mesh.rollout_gpu = "H100"
+  with pytest.raises(UserError, match=message):
+    lane_axes(from_config_dict(config))
+
+
 def test_gpus_that_others_have_are_not_waited_for_without_end():
   ray = FakeCluster({"GPU": 4.0}, {"GPU": 4.0}, granted=False)
   axes = {"rollout": {"data": 3}, "trainer": {"fsdp": 2}}
@@ -103,11 +173,21 @@ import ray
 from digen_jax import cluster
 from digen_jax.errors import UserError
 cluster.FREE_SECONDS = 3.0
-ray.init(num_gpus=4, include_dashboard=False, log_to_driver=False)
-assert cluster.gpus(ray) == [4]
-def place(*counts):
+ray.init(
+  num_gpus=4,
+  resources={"accelerator_type:L4": 1},
+  include_dashboard=False,
+  log_to_driver=False,
+)
+assert cluster.gpus(ray) == cluster.gpus(ray, "L4") == [4]
+assert cluster.gpus(ray, "H100") == []
+def place(*counts, kind="L4"):
   meshes = {f"lane{i}": {"data": n} for i, n in enumerate(counts)}
-  return cluster.place(ray, meshes)
+  return cluster.place(ray, meshes, dict.fromkeys(meshes, kind))
+try:
+  place(1, kind="H100")
+except UserError as error:
+  print(error)
 sites = place(3, 1)
 try:
   place(2)
@@ -126,7 +206,8 @@ print("reserved")
   done = subprocess.run(
     [sys.executable, "-c", code], capture_output=True, text=True, timeout=300
   )
-  assert "asks for 2 (lane0) GPUs" in done.stdout, done.stderr
+  for lane in ("1 (lane0 H100)", "2 (lane0 L4)"):
+    assert f"asks for {lane} GPUs" in done.stdout, done.stderr
   assert done.stdout.endswith("reserved\n"), done.stderr
 
 
