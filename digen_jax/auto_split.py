@@ -40,10 +40,12 @@ class Choice:
   best: Prediction
   equal: Prediction
 
-  @property
-  def mesh(self) -> Mesh:
-    """As a config has it."""
-    return Mesh(self.best.split.rollout, self.best.split.trainer)
+  def placed(self, mesh: Mesh) -> Mesh:
+    """A config's mesh, with this split."""
+    split = self.best.split
+    return dataclasses.replace(
+      mesh, rollout=split.rollout, trainer=split.trainer
+    )
 
   def __str__(self) -> str:
     best, equal = (
@@ -63,8 +65,11 @@ def wanted(config: Config, devices: int) -> bool:
   return auto and config.pipeline.mode == "disaggregated" and devices > 2
 
 
-def recorded(workdir: Path, devices: int) -> Mesh | None:
-  """What a run in this directory chose; None if there were other devices."""
+def recorded(workdir: Path, devices: int, mesh: Mesh) -> Mesh | None:
+  """What a run in this directory made of `mesh`.
+
+  None if there was no run, or there were other devices.
+  """
   file = workdir / "config.json"
   if not file.exists():
     return None
@@ -72,7 +77,9 @@ def recorded(workdir: Path, devices: int) -> Mesh | None:
   sizes = {name: math.prod(axes.values()) for name, axes in meshes.items()}
   if set(sizes) != {"rollout", "trainer"} or sum(sizes.values()) != devices:
     return None
-  return Mesh(sizes["rollout"], sizes["trainer"])
+  return dataclasses.replace(
+    mesh, rollout=sizes["rollout"], trainer=sizes["trainer"]
+  )
 
 
 def measure(programs: Sequence[Program], step: int) -> list[Measured]:

@@ -140,8 +140,7 @@ class Pipeline:
     rat: rollout-assisted training: an idle rollout lane computes gradients.
     bts: bubble-triggered search for how much an idle lane takes; off, it takes
       what there is.
-    tcss: stale fraction: up to this part of a step's Generate units, and at
-      least one unless it is 0, may start
+    tcss: stale fraction: up to this part of a step's Generate units may start
       with the version before, while that is trained on; 0 is off. None do in
       the step before a checkpoint, and where the measured costs say that it
       would not make steps 2 % shorter. What a run learns then depends on timing.

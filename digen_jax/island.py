@@ -10,6 +10,7 @@ under way.
 
 import dataclasses
 import functools
+import logging
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -33,6 +34,8 @@ from digen_jax.pipeline.scheduler import Lane
 from digen_jax.pipeline.units import Kind
 from digen_jax.sampler import Sampler
 from digen_jax.types import Conditioning, TrainBatch
+
+_log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -345,12 +348,29 @@ class Island:
     return metrics
 
   def keep(self) -> None:
-    """Copies the training state to the hosts' memory, for `roll_back`."""
+    """Copies the training state to the host's memory, for `roll_back`.
+
+    Where there is no room for it nothing is kept, with a warning.
+    """
     self._kept = None  # before there are two of them
-    self._kept = _in_memory(self.state, "pinned_host")
+    try:
+      self._kept = _in_memory(self.state, "pinned_host")
+    except (RuntimeError, ValueError) as error:
+      _log.warning(
+        "what is trained cannot be kept in the host's memory (%s): a failure "
+        "between the updates of a step would go back to the last checkpoint; "
+        "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB raises what XLA takes of it (64)",
+        " ".join(str(error).split()),
+      )
 
   def roll_back(self) -> None:
-    """Goes back to the training state that was kept last."""
+    """Goes back to the training state that was kept last.
+
+    Raises:
+      RuntimeError: there was no room to keep it.
+    """
+    if self._kept is None:
+      raise RuntimeError("no training state has been kept")
     self.state = self.total = None
     self.state = _in_memory(self._kept, "device")
 
@@ -372,6 +392,10 @@ class Island:
     )
 
   # Checkpoints.
+
+  def sees(self, file: str | Path) -> bool:
+    """Whether a file is there, on the host of this lane."""
+    return Path(file).exists()
 
   def open_checkpoints(self, directory: str | Path, keep: int) -> None:
     """Where the training state is kept; see `checkpoint.Checkpoints`."""

@@ -162,9 +162,10 @@ def make_plan(
   split = configured_split(config, work, devices)
   if auto_split.wanted(config, devices) and not basis.apart:
     choice = auto_split.compare(table, work, config.pipeline, devices)
-    mesh = choice.mesh
     split = dataclasses.replace(
-      split, rollout=mesh.rollout, trainer=mesh.trainer
+      split,
+      rollout=choice.best.split.rollout,
+      trainer=choice.best.split.trainer,
     )
   techniques, rungs = _rungs(config, devices)
   own, unfit = {}, {}

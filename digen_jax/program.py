@@ -118,6 +118,13 @@ class Program:
     self._updates: list[Pending] = []
     self.resharded_blocks = False
     sampling = config.sampling
+    # Now: asking a device later would wait for the units it has queued.
+    self._window_starts = window_starts(
+      config.seed,
+      config.steps,
+      work.groups,
+      (sampling.num_steps, work.window, sampling.window_first or None),
+    )
     self._step_weights = np.ones(sampling.num_steps, np.float32)
     if config.train.weight_by_noise:
       trained = sampling.window_first or sampling.num_steps - 1
@@ -155,19 +162,13 @@ class Program:
   def _of(self, step: int) -> Samples:
     """The samples of a step; of a new one its prompts and windows are drawn."""
     if step not in self._steps:
-      sampling, ids = self.config.sampling, self.stream.indices(step)
-      window = sampling.num_steps, self.work.window, sampling.window_first
+      ids = self.stream.indices(step)
       self._steps[step] = Samples(
         step,
         self.work,
         [self.stream.prompts[i] for i in ids],
         ids,
-        window_starts(
-          self.config.seed,
-          step,
-          self.work.groups,
-          (*window[:2], window[2] or None),
-        ),
+        self._window_starts[step],
         [reward.name for reward in self.reward.rewards],
       )
     return self._steps[step]

@@ -15,18 +15,21 @@ WINDOW_STREAM = 0x57494E44  # noise is keyed by the step itself, far below
 
 
 def window_starts(
-  seed: int, step: int, groups: int, window: tuple[int, int, int | None]
+  seed: int, steps: int, groups: int, window: tuple[int, int, int | None]
 ) -> np.ndarray:
-  """First trained step of every group: [groups] int32.
+  """First trained step of every group of a run: [steps, groups] int32.
 
   Keyed by seed, step and group, in a stream apart from that of the noise.
   """
-  key = jax.random.fold_in(jax.random.key(seed), WINDOW_STREAM)
-  key = jax.random.fold_in(key, step)
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(
-    key, np.arange(groups, dtype=np.uint32)
-  )
-  return np.asarray(jax.vmap(lambda key: window_start(key, *window))(keys))
+  stream = jax.random.fold_in(jax.random.key(seed), WINDOW_STREAM)
+
+  def start(step: jax.Array, group: jax.Array) -> jax.Array:
+    key = jax.random.fold_in(jax.random.fold_in(stream, step), group)
+    return window_start(key, *window)
+
+  rows = jax.vmap(jax.vmap(start, (None, 0)), (0, None))
+  numbers = (np.arange(n, dtype=np.uint32) for n in (steps, groups))
+  return np.asarray(jax.jit(rows)(*numbers))
 
 
 class Samples:

@@ -26,11 +26,12 @@ ANSWERS = frozenset(
     "measure",
     "outgoing",
     "sample",
+    "sees",
     "update",
   }
 )
 # Methods that nobody need have waited for.
-UNHEARD = frozenset({"add", "receive", "switch"})
+UNHEARD = frozenset({"add", "receive"})
 
 
 def serve(config: Config, lane: Lane, axes: Mapping[str, int]) -> "Served":

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from digen_jax import assemble, auto_split, run_files
-from digen_jax.config import Config, to_dict
+from digen_jax.config import Config, Mesh, to_dict
 from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost, UserError
 from digen_jax.evaluation import Evaluated, evaluate, select, setting
@@ -101,7 +101,8 @@ class Run:
     self.learning_rates = np.broadcast_to(rates, updates)
     devices = sum(math.prod(sizes.values()) for sizes in axes.values())
     mesh, search = config.mesh, auto_split.wanted(config, devices)
-    if search and (found := auto_split.recorded(self.workdir, devices)):
+    found = search and auto_split.recorded(self.workdir, devices, mesh)
+    if found:
       mesh, search = found, False
     # Before the denoiser is read: text encoders need not fit beside it.
     embed = assemble.embedder(assembly, self.workdir / "embeddings")
@@ -110,12 +111,7 @@ class Run:
     self.negative = assemble.negative_conditioning(assembly, embed)
     self.held_out_conditioning = embed(self.held_out)
     del embed
-    if config.pipeline.lanes == "local":
-      where = assemble.training_mesh(config)
-      assembly = assemble.with_weights(assembly, mesh=where, rules=TRAINER)
-    team = make_team(dataclasses.replace(config, mesh=mesh), assembly)
-    if not search:  # the islands have their own; nothing else needs them
-      assembly = dataclasses.replace(assembly, weights=None)
+    self.team, self.split = self._place(assembly, mesh), ""
 
     def program(team: Team, work: Workload) -> Program:
       return Program(
@@ -129,9 +125,8 @@ class Run:
         self.negative,
       )
 
-    self.team, self.split, self._program = team, "", program
+    self._program = program
     if search:
-      del team
       self._choose_split(assembly, devices)
     self.lanes, links = self.team.lanes, self.team.links
     self.hardware = {name: link.hardware for name, link in links.items()}
@@ -152,20 +147,28 @@ class Run:
       revive=self.program.revive,
     )
     self._ahead: State | None = None
-    self._failed = False
+    self._amid = self._failed = False
     self._pays = Pays(stale=True, assists=True)
     self._reviewed = -REVIEW_EVERY
     self.trainer.call(
       "open_checkpoints",
       (self.workdir / "checkpoints").absolute(),
       config.keep_checkpoints,
-    )
+    ).result()
     self.step = self._resume()
 
   def _lock(self) -> None:
     """Keeps other processes out until the run is closed, or given up."""
     held = run_files.lock(self.workdir)
     self._unlock = weakref.finalize(self, os.close, held)
+
+  def _place(self, assembly: assemble.Assembly, mesh: Mesh) -> Team:
+    """Lanes with the weights of the checkpoint, which nothing else keeps."""
+    config = dataclasses.replace(self.config, mesh=mesh)
+    if config.pipeline.lanes == "local":  # others read it themselves
+      where = assemble.training_mesh(config)
+      assembly = assemble.with_weights(assembly, mesh=where, rules=TRAINER)
+    return make_team(config, assembly)
 
   def _choose_split(self, assembly: assemble.Assembly, devices: int) -> None:
     """Places the lanes anew where another split is predicted to be faster."""
@@ -177,8 +180,7 @@ class Run:
       return
     self.team.stop()
     del self.team  # its arrays, before others are placed
-    config = dataclasses.replace(config, mesh=choice.mesh)
-    self.team = make_team(config, assembly)
+    self.team = self._place(assembly, choice.placed(config.mesh))
 
   def measure(self, work: Workload | None = None) -> list[Measured]:
     """A unit of each kind on each lane, in two sizes; changes nothing.
@@ -306,13 +308,13 @@ class Run:
     self.program.begin_step(self.step)
     state = self._state()
     predicted = self._predict(state)
+    self._amid = True
     try:
       spans, state = self.executor.run(state)
     except UnitError as error:
-      self._failed = True
-      with contextlib.suppress(LaneLost):  # then nothing is left to save
-        error.add_note(self._rescue())
+      self.rescue(error)
       raise
+    self._amid = False
     end = time.perf_counter()
     self._ahead = state if state.ahead is not None else None
     row = self._metrics(spans, start, end)
@@ -320,19 +322,25 @@ class Run:
     self.step += 1
     return row, spans
 
-  def _rescue(self) -> str:
-    """Saves what is left after a failure: what became of it, in a line."""
+  def rescue(self, error: Exception) -> None:
+    """Saves what is whole of the training state; the error gets a note of it.
+
+    Args:
+      error: what ends the run.
+    """
+    self._failed = True
     try:
-      further = self.program.make_whole()
+      further = self.program.make_whole() if self._amid else 0
       if further is not None:
         self.step += further
         self.save()
       self.trainer.call("wait").result()
-    except LaneLost:
-      raise
+    except LaneLost:  # the trainer: nothing is left to save
+      return
     except Exception as also:
-      return f"(the run's state could not be saved: {also})"
-    return LOST if further is None else SAVED
+      error.add_note(f"(the run's state could not be saved: {also})")
+      return
+    error.add_note(LOST if further is None else SAVED)
 
   def _state(self) -> State:
     """Where the step begins: stale units of it may be under way or done.
@@ -437,6 +445,17 @@ def _check_given(config: Config) -> None:
       raise UserError(f"config.{name} is not set: give {what}")
 
 
+def _check_shared(run: Run) -> None:
+  """Raises UserError where the host of a lane has another working directory."""
+  file = (run.workdir / run_files.LOCK).absolute()
+  for lane, link in run.team.links.items():
+    if not link.call("sees", file).result():
+      raise UserError(
+        f"the host of lane {lane!r} does not see {file.parent}: put --workdir on "
+        "a file system that all hosts of the cluster share"
+      )
+
+
 def _check_stale(config: Config, work: Workload) -> None:
   """Raises UserError where `pipeline.tcss` allows no stale unit."""
   if config.pipeline.tcss and not work.stale:
@@ -501,6 +520,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   # for though nobody reads the progress.
   with contextlib.ExitStack() as open_things:
     open_things.enter_context(_closed(run.close))
+    _check_shared(run)
     files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
     open_things.enter_context(_closed(files.close))
     progress = Progress(config.steps, run.step, rewards=files.rewards)
@@ -534,7 +554,12 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:
   """Evaluates; the report then shows the run up to here."""
-  result = run.evaluate()
+  try:
+    result = run.evaluate()
+  except Exception as error:
+    if run.step:  # else there is nothing that could be lost
+      run.rescue(error)
+    raise
   files.evaluated(result)
   write_report(run.workdir)
   progress.message(

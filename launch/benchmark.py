@@ -7,7 +7,7 @@
   python launch/benchmark.py models      steps of every family
   python launch/benchmark.py published   published set-ups, simulated
 
---out=FILE.json copies the record there; --quick does less of everything.
+--out=FILE.json copies the record there; --quick does less of what is measured.
 `python launch/benchmark.py NAME --help` shows the flags; the bodies are
 digen_jax/benchmarks/NAME.py.
 """
@@ -115,11 +115,11 @@ def _published() -> None:
 
 # What runs, and the flags of its own.
 BENCHMARKS = {
-  "ladder": (_ladder, ()),
-  "learning": (_learning, (_SEEDS, _STEPS)),
-  "loading": (_loading, (_GIGABYTES,)),
-  "memory": (_memory, (_FAMILIES,)),
-  "models": (_models, (_FAMILIES, _SIZE)),
+  "ladder": (_ladder, (_QUICK, _REPETITIONS)),
+  "learning": (_learning, (_QUICK, _SEEDS, _STEPS)),
+  "loading": (_loading, (_QUICK, _REPETITIONS, _GIGABYTES)),
+  "memory": (_memory, (_QUICK, _FAMILIES)),
+  "models": (_models, (_QUICK, _REPETITIONS, _FAMILIES, _SIZE)),
   "published": (_published, ()),
 }
 

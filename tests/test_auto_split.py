@@ -46,7 +46,7 @@ def test_the_role_with_more_work_gets_more_devices(generate, train, rollout):
   # Without TAG and RAT a lane does its own work only.
   costs = measured(generate, train)
   choice = auto_split.choose(costs, WORK, Pipeline(), 8)
-  assert choice.mesh == Mesh(rollout, 8 - rollout)
+  assert choice.placed(Mesh()) == Mesh(rollout, 8 - rollout)
   best, equal = choice.best.step_seconds, choice.equal.step_seconds
   assert best <= equal
   assert (best < 0.9 * equal) == (rollout != 4)
@@ -66,7 +66,7 @@ def test_a_gain_within_the_noise_moves_nothing(monkeypatch):
   assert choice.best == choice.equal
   monkeypatch.setattr(auto_split, "WORTH", 0.0)
   choice = auto_split.choose(costs, work, Pipeline(), 32)
-  assert choice.mesh == Mesh(17, 15)
+  assert choice.placed(Mesh()) == Mesh(17, 15)
 
 
 def test_what_is_not_measured_is_said():
@@ -81,10 +81,10 @@ def test_a_split_that_does_not_fit_is_not_chosen():
   table, work = CostTable(rollout, trainer), Workload(16, 24, 1)
   choice = auto_split.compare(table, work, Pipeline(), 8)
   assert choice.best == choice.equal
-  assert choice.mesh == Mesh(3, 5)  # 5 x (30 - 20) rows
+  assert choice.placed(Mesh()) == Mesh(3, 5)  # 5 x (30 - 20) rows
   free = dataclasses.replace(table, trainer=rollout)
   choice = auto_split.compare(free, work, Pipeline(), 8)
-  assert choice.mesh == Mesh(4, 4)
+  assert choice.placed(Mesh()) == Mesh(4, 4)
 
 
 def test_a_run_that_moves_says_since_when(tmp_path):

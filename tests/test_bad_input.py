@@ -1,10 +1,12 @@
 """Bad input: one line, before expensive work, and the run directory intact."""
 
+import gc
 import json
 import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -14,7 +16,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from digen_jax import assets, training
+from digen_jax import assemble, assets, island, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.lanes import lane_axes
@@ -248,6 +250,87 @@ def test_a_failure_loses_no_step_that_was_whole(
     ]
     assert all(same) if kept == 0 else not all(same)
   again.close()
+
+
+def test_a_state_that_cannot_be_saved_does_not_hide_what_failed(
+  prompts_file, tmp_path, monkeypatch
+):
+  config = small_config(prompts_file)
+  job = training.Run(from_config_dict(config), tmp_path)
+  full = mock.Mock(side_effect=OSError("no space left"))
+  monkeypatch.setattr(job.trainer.island, "save", full)
+  monkeypatch.setattr(
+    job.trainer.island, "gradients", mock.Mock(side_effect=ValueError("nobody"))
+  )
+  with pytest.raises(UnitError, match=r"train unit .* nobody") as told:
+    job.train_one_step()
+  (note,) = told.value.__notes__
+  assert "could not be saved: no space left" in note
+  job.close()
+
+
+def test_a_host_without_room_for_a_copy_still_trains(
+  prompts_file, tmp_path, monkeypatch, caplog
+):
+  config = small_config(prompts_file)
+  config.train.updates_per_batch = 2
+  job = training.Run(from_config_dict(config), tmp_path)
+  room = mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED:\n host"))
+  monkeypatch.setattr(island, "_in_memory", room)
+  job.train_one_step()
+  assert room.call_count == 1
+  (line,) = [r.getMessage() for r in caplog.records if "XLA_PJRT" in r.msg]
+  assert "(RESOURCE_EXHAUSTED: host)" in line and "\n" not in line
+  update = job.trainer.island.update
+  down = mock.Mock(side_effect=[update, RuntimeError("out of memory")])
+
+  def second(expected):
+    found = down()
+    return found(expected)
+
+  monkeypatch.setattr(job.trainer.island, "update", second)
+  with pytest.raises(UnitError, match="out of memory") as told:
+    job.train_one_step()
+  assert told.value.__notes__ == [training.LOST]
+  job.close()
+
+
+def test_a_working_directory_that_hosts_do_not_share(
+  prompts_file, tmp_path, monkeypatch
+):
+  config = small_config(prompts_file)
+  sees = island.Island.sees
+
+  def elsewhere(lane, file):
+    assert sees(lane, file)
+    return lane.lane.name != "rollout"
+
+  monkeypatch.setattr(island.Island, "sees", elsewhere)
+  with pytest.raises(UserError, match=r"lane 'rollout' does not see .*share"):
+    training.train(from_config_dict(config), tmp_path / "run")
+  assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("split", [1, "auto"])
+def test_weights_are_on_the_lanes_and_nowhere_else(
+  split, prompts_file, tmp_path, monkeypatch
+):
+  config = small_config(prompts_file)
+  config.mesh.rollout = config.mesh.trainer = split
+  with_weights, read = assemble.with_weights, []
+
+  def spy(*args, **kwargs):
+    assembly = with_weights(*args, **kwargs)
+    leaves = jax.tree.leaves(assembly.weights.trainable)
+    read.extend(map(weakref.ref, leaves))
+    return assembly
+
+  monkeypatch.setattr(assemble, "with_weights", spy)
+  job = training.Run(from_config_dict(config), tmp_path)
+  gc.collect()
+  assert read
+  assert [ref() for ref in read if ref() is not None] == []
+  job.close()
 
 
 def test_a_gradient_that_is_not_finite_leaves_a_checkpoint(

@@ -64,6 +64,8 @@ def test_unknown_names_are_refused(tmp_path):
     ("learning", "--seeds=1", "file"),
     ("models", "--size=tiny", "file"),
     ("loading", "--steps=3", "--steps is a flag of learning, not of loading"),
+    ("published", "--quick", "--quick is a flag of ladder, not of published"),
+    ("memory", "--repetitions=2", "--repetitions is a flag of ladder, not of"),
   ],
 )
 def test_flags_of_one_benchmark(name, flag, words, tmp_path):

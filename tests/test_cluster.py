@@ -296,6 +296,8 @@ class FakeIsland:
     pass
 
   def switch(self, resharded):
+    if resharded == "amiss":
+      raise ZeroDivisionError
     return jax.numpy.ones(3)  # whole weights, in earnest
 
 
@@ -311,8 +313,9 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
   with pytest.raises(ValueError, match="no room for 3"):
     served.call("update", 1)  # ... so this one tells
   served = serving.Served(FakeIsland())
-  with pytest.raises(ZeroDivisionError):
-    served.call("generate")
+  for call in (("generate",), ("switch", "amiss")):  # both are waited for
+    with pytest.raises(ZeroDivisionError):
+      served.call(*call)
   assert served.call("save") is None  # and the state can be saved after it
   assert "grad_norm" in served.call("update", 0)  # ... or the unit run again
 

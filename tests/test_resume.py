@@ -126,6 +126,34 @@ def test_a_failed_evaluation_loses_nothing(stopped, tmp_path, monkeypatch):
   assert [row["step"] for row in rows] == [0, 2, 3]
 
 
+def test_a_failed_evaluation_amid_a_run_loses_nothing(
+  prompts_file, tmp_path, monkeypatch
+):
+  config = small_config(prompts_file)
+  config.eval_every, config.checkpoint_every = 2, 0
+  config = from_config_dict(config)
+  evaluate = training.Run.evaluate
+
+  def down(run):
+    if run.step == 2:
+      raise UserError("the reward server is down")
+    return evaluate(run)
+
+  monkeypatch.setattr(training.Run, "evaluate", down)
+  with pytest.raises(UserError, match="server is down") as told:
+    training.train(config, tmp_path)
+  assert told.value.__notes__ == [training.SAVED]
+  monkeypatch.setattr(training.Run, "evaluate", evaluate)
+  training.train(config, tmp_path)
+  assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
+    0,
+    1,
+    2,
+  ]
+  rows = json.loads((tmp_path / "evaluation.json").read_text())
+  assert [row["step"] for row in rows] == [0, 2, 3]
+
+
 CONFIG_FILE = """
 from tests.small_run import small_config
 

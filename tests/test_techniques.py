@@ -472,7 +472,7 @@ def test_a_search_may_take_longer_where_units_are_long():
     assert search._patience(start_step(WORK, 0)) == patience
 
 
-def test_large_steps_are_simulated_quickly():
+def test_large_steps_are_simulated_to_their_end():
   """A thousand groups: the size of a published set-up, not of a toy."""
   work = Workload(groups=1024, group_size=8, window=4, gap=True, stale=512)
   spans = run(work, lanes(tag=True, rat=True), costs(), assist=always)

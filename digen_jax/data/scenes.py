@@ -172,18 +172,6 @@ def _training_specs() -> tuple[tuple[Spec, ...], ...]:
   return tuple(map(tuple, kinds))
 
 
-def split_captions(seed: int = 0) -> tuple[list[str], list[str]]:
-  """All captions as (training, held out), each shuffled."""
-  parts = ([], [])
-  for text in all_captions():
-    parts[held_out(text)].append(text)
-  rng = np.random.default_rng(seed)
-  training, kept = (
-    [part[i] for i in rng.permutation(len(part))] for part in parts
-  )
-  return training, kept
-
-
 def sample_spec(rng: np.random.Generator) -> Spec:
   """A training spec; its kind first (1:2:2), as there are few of one group."""
   kind = _training_specs()[rng.choice(3, p=(0.2, 0.4, 0.4))]
