@@ -98,6 +98,7 @@ class Plan:
     return sum(self.tflop.values()) / prediction.step_seconds / peak
 
 
+MOSTLY = 0.9  # part of a step that the rewards take where they hold it up
 ONE_SIZE = (
   "units of one size were measured: they keep it, and their seconds are taken "
   "to grow with the rows of a device"
@@ -350,6 +351,15 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
     + (f"; MFU {mfu:.1%}" if mfu is not None else "")
     + f"); {format_seconds(whole)} for {plan.steps:,} steps"
   )
+  scoring, slots = (
+    prediction.scoring_seconds,
+    prediction.techniques.reward_slots,
+  )
+  if scoring > MOSTLY * prediction.step_seconds:
+    text += (
+      f"; the rewards alone take {number(scoring)} s of a step: more "
+      f"config.pipeline.reward_slots than {slots} would shorten it"
+    )
   if plan.price:
     cost = whole / 3600 * plan.devices * plan.price
     text += f", {number(cost)} at {plan.price:g} a device hour"

@@ -17,6 +17,7 @@ from digen_jax.device_costs import DEVICES, ledger_table, memories
 from digen_jax.errors import UserError
 from digen_jax.models import costs as model_costs
 from digen_jax.parallel.mesh import lane_sizes
+from digen_jax.pipeline import steady
 from digen_jax.pipeline.cost_table import (
   CostTable,
   Rate,
@@ -27,6 +28,7 @@ from digen_jax.pipeline.planner import (
   RUNGS,
   why_not,
 )
+from digen_jax.pipeline.simulate import simulate
 from digen_jax.pipeline.units import Workload
 from digen_jax.plan_basis import Basis
 from digen_jax.svg import number
@@ -308,6 +310,34 @@ def test_a_rung_that_fits_nowhere_leaves_the_others():
   tiny = dataclasses.replace(H100, memory=16.0)
   with pytest.raises(UserError, match="does not fit"):
     plan_basis.from_ledgers(small_config(), tiny, tiny, 8, "flux-dev")
+
+
+def test_a_plan_for_thousands_of_devices(monkeypatch):
+  """Of a thousand groups, in a million simulated units: half a minute."""
+  units = 0
+
+  def counted(*args, **options):
+    nonlocal units
+    spans = simulate(*args, **options)
+    units += len(spans)
+    return spans
+
+  monkeypatch.setattr(steady, "simulate", counted)
+  config = small_config(tag=True, rat=True, tcss=0.5)
+  basis = plan_basis.from_ledgers(config, H100, H100, 4096, "flux-dev")
+  work = Workload(1024, 8, 8, pack=8, gap=True, stale=512)
+  plan = planning.make_plan(config, work, basis, 4096)
+  assert set(plan.best) == set(plan.rungs) == set(RUNGS)
+  assert plan.configured.split.devices == 4096
+  assert units < 1_500_000
+  # It says what holds the steps up.
+  (rewards,) = [line for line in planning.plan_text(plan).splitlines()
+                if line.startswith("best: ")]  # fmt: skip
+  best = plan.best[plan.fastest]
+  assert best.scoring_seconds == pytest.approx(1024 * 8 * 0.1 / 4)
+  assert best.step_seconds == pytest.approx(best.scoring_seconds)
+  assert "the rewards alone take 205 s of a step: more" in rewards
+  assert "the rewards alone" not in planning._describe(plan, plan.configured)
 
 
 def test_lanes_that_differ_are_among_the_best():

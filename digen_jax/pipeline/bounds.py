@@ -22,6 +22,15 @@ def bound(work: Workload, lanes: Sequence[Lane], cost: Cost) -> float:
   return fluid([times(work, lane, lanes, cost, BOTH) for lane in own(lanes)])
 
 
+def scoring(work: Workload, lanes: Sequence[Lane], cost: Cost) -> float:
+  """Seconds that all scores of a step take at least, on the host's threads."""
+  sizes = unit_counts(work)[Kind.SCORE]
+  slots = sum(i.slots for i in lanes if Kind.SCORE in i.kinds)
+  name = next(i.name for i in lanes if Kind.SCORE in i.kinds)
+  units = ((Unit(Kind.SCORE, 0, 0, n), c) for n, c in sizes.items())
+  return sum(c * cost(name, unit) for unit, c in units) / slots
+
+
 def own(lanes: Sequence[Lane]) -> list[Lane]:
   """The lanes with devices."""
   return [lane for lane in lanes if Kind.SCORE not in lane.kinds]

@@ -103,6 +103,7 @@ class Prediction:
     step_seconds: from publish to publish, in the long run.
     bound_seconds: the work of the step shared out over all lanes without a
       bubble; see `bounds.bound`.
+    scoring_seconds: that the rewards take at least; see `bounds.scoring`.
     lanes: where the time of each lane goes, seconds of `step_seconds`.
     spans: the simulated timeline.
     split: the lanes.
@@ -111,6 +112,7 @@ class Prediction:
 
   step_seconds: float
   bound_seconds: float
+  scoring_seconds: float
   lanes: Mapping[str, Accounting]
   spans: tuple[Span, ...]
   split: Split
@@ -207,6 +209,7 @@ def predict(
   return Prediction(
     step_seconds=run.step_seconds,
     bound_seconds=bounds.bound(work, lanes, cost),
+    scoring_seconds=bounds.scoring(work, lanes, cost),
     lanes={n: _scaled(a, run.step_seconds / wall) for n, a in parts.items()},
     spans=tuple(run.spans),
     split=split,

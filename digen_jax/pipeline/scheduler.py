@@ -25,7 +25,7 @@ nothing.
 
 import dataclasses
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 from digen_jax.pipeline.units import (
   Kind,
@@ -34,6 +34,7 @@ from digen_jax.pipeline.units import (
   bits,
   numbers,
   plan,
+  same,
   step_units,
 )
 
@@ -66,8 +67,7 @@ class Lane:
   assists: frozenset[Kind] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True)
-class Progress:
+class Progress(NamedTuple):
   """Where one global step stands, as sets of bits (see `units.Plan`).
 
   Attributes:
@@ -87,8 +87,7 @@ class Progress:
   dead: frozenset[int] = frozenset()
 
 
-@dataclasses.dataclass(frozen=True)
-class State:
+class State(NamedTuple):
   """Where a run stands.
 
   Attributes:
@@ -139,6 +138,7 @@ def start_step(work: Workload, step: int, *, last: int | None = None) -> State:
     last: the last global step of the run, which no stale unit goes beyond;
       None if this is it.
   """
+  work = same(work)
   more = work.stale > 0 and last is not None and step < last
   ahead = _fresh(work, step + 1) if more else None
   return State(work, _fresh(work, step), ahead)
@@ -149,7 +149,7 @@ def next_step(state: State, *, last: int | None = None) -> State:
   fresh = start_step(state.work, state.step + 1, last=last)
   if state.ahead is None:
     return fresh
-  return dataclasses.replace(fresh, now=state.ahead, running=state.running)
+  return fresh._replace(now=state.ahead, running=state.running)
 
 
 def _fresh(work: Workload, step: int) -> Progress:
@@ -178,7 +178,7 @@ def next_unit(
     leave: asked whether a lane should leave its own work to faster ones; by
       default it never does.
   """
-  if sum(name == lane.name for name, _ in state.running) >= lane.slots:
+  if [name for name, _ in state.running].count(lane.name) >= lane.slots:
     return None
   left = False
   for kind in PRIORITY:
@@ -273,8 +273,7 @@ def on_start(state: State, lane: Lane, unit: Unit) -> State:
   progress, member = _find(state, unit)
   if not progress.ready & member:
     raise ValueError(f"{unit} is not ready to run")
-  progress = dataclasses.replace(
-    progress,
+  progress = progress._replace(
     ready=progress.ready ^ member,
     started=progress.started | member,
   )
@@ -321,14 +320,12 @@ def on_lost(state: State, lane: Lane, lost: Unit | None = None) -> State:
   )
   for _, unit in gone:
     progress, member = _find(state, unit)
-    progress = dataclasses.replace(
-      progress,
+    progress = progress._replace(
       ready=progress.ready | member,
       started=progress.started & ~member,
     )
     state = _with(state, progress, state.running)
-  return dataclasses.replace(
-    state,
+  return state._replace(
     running=state.running - gone,
     assisting=_without(state.assisting, lane),
   )
@@ -337,6 +334,8 @@ def on_lost(state: State, lane: Lane, lost: Unit | None = None) -> State:
 def _without(
   assisting: frozenset[tuple[str, int]], lane: Lane
 ) -> frozenset[tuple[str, int]]:
+  if not assisting:
+    return assisting
   return frozenset(held for held in assisting if held[0] != lane.name)
 
 
@@ -356,7 +355,7 @@ def _with(
   **changes: Any,
 ) -> State:
   changes["now" if progress.step == state.step else "ahead"] = progress
-  return dataclasses.replace(state, running=running, **changes)
+  return state._replace(running=running, **changes)
 
 
 def _ended(work: Workload, progress: Progress, ended: int) -> Progress:
@@ -366,7 +365,7 @@ def _ended(work: Workload, progress: Progress, ended: int) -> Progress:
     for gate in step.opens[i]:
       if not gate.needs & ~done:
         ready |= gate.members & ~progress.started & ~done
-  return dataclasses.replace(progress, ready=ready, done=done)
+  return progress._replace(ready=ready, done=done)
 
 
 def _skip_dead(
@@ -382,8 +381,7 @@ def _skip_dead(
   for group in dead:
     touched |= trains[group]
   skipped = touched & ~alive & ~progress.started & ~progress.done
-  progress = dataclasses.replace(
-    progress,
+  progress = progress._replace(
     dead=dead,
     ready=progress.ready & ~skipped,
     skipped=progress.skipped | skipped,

@@ -107,19 +107,24 @@ def best_split(
   options = _candidates(table, cuts, shares, work, techniques, most_lanes)
   reach = {s: _reach(table, work, s, techniques) for s in options}
   found = {start: _quick(table, work, start, techniques)}
+  # What no split changes but by the sizes of units.
+  scoring = min(_scoring(table, work, s, techniques) for s in (start, *reach))
   units = TRIAL_UNITS
   for split in sorted(reach, key=lambda s: (reach[s], -s.generate_size)):
-    if reach[split] >= min(found.values()) or units < 0:
+    if max(reach[split], scoring) >= min(found.values()) or units < 0:
       break
     found[split] = _quick(table, work, split, techniques)
     steps = sum(STEPS) if techniques.tcss else 1
     units -= steps * _count(work, split, techniques)
   finalists = sorted(found, key=found.__getitem__)[:FINALISTS]
   others = [fitting(table, work, split, techniques) for split in also]
-  return min(
-    dict.fromkeys((start, *finalists, *filter(None, others))),
-    key=lambda s: predict(table, work, s, techniques).step_seconds,
-  )
+  seconds: dict[Split, float] = {}
+  for split in dict.fromkeys((*finalists, *filter(None, others), start)):
+    # Where units are many, not to look at them is what saves time.
+    least = _reach(table, work, split, techniques)
+    if least <= min(seconds.values(), default=least):
+      seconds[split] = predict(table, work, split, techniques).step_seconds
+  return min(seconds, key=lambda s: (seconds[s], s != start))
 
 
 def _reach(
@@ -143,6 +148,14 @@ def _reach(
   first = min(g for g, _ in times) / -(-work.samples // work.generate_size)
   last = min(t for _, t in times) / bounds.train_units(work)
   return max(fluid, first + training, generating + last)
+
+
+def _scoring(
+  table: CostTable, work: Workload, split: Split, techniques: Techniques
+) -> float:
+  """Seconds that the rewards of a step take at least."""
+  work, lanes, _, cost = lay_out(table, work, split, techniques)
+  return bounds.scoring(work, lanes, cost)
 
 
 def _count(work: Workload, split: Split, techniques: Techniques) -> int:
