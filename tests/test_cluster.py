@@ -15,6 +15,7 @@ from digen_jax import cluster, serving, training
 from digen_jax.config import from_config_dict
 from digen_jax.errors import UserError
 from digen_jax.evaluation import NOISE_SEED
+from digen_jax.island import Island
 from digen_jax.lanes import lane_axes, lane_gpus
 from digen_jax.links import Hardware
 from digen_jax.pipeline.execute import UnitError
@@ -282,6 +283,7 @@ def test_ray_missing_names_the_extra(monkeypatch):
 
 class FakeIsland:
   mesh = None
+  sees = Island.sees
 
   def update(self, expected):
     return {"grad_norm": jax.numpy.ones(())}
@@ -318,6 +320,14 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
       served.call(*call)
   assert served.call("save") is None  # and the state can be saved after it
   assert "grad_norm" in served.call("update", 0)  # ... or the unit run again
+
+
+def test_what_an_actor_sees_of_the_files_is_told(monkeypatch, tmp_path):
+  monkeypatch.setattr(Hardware, "of", classmethod(lambda *_: None))
+  served = serving.Served(FakeIsland())
+  (tmp_path / "here").touch()
+  seen = [served.call("sees", tmp_path / name) for name in ("here", "there")]
+  assert seen == [True, False]
 
 
 class Ref:

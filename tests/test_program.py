@@ -20,6 +20,7 @@ from digen_jax.pipeline.scheduler import start_step
 from digen_jax.pipeline.units import Kind, Unit, Workload
 from digen_jax.program import Program
 from digen_jax.rewards.compose import compose
+from digen_jax.samples import window_starts
 from digen_jax.types import Conditioning
 
 SEED, STEPS, SIZE = 5, 8, 3
@@ -272,6 +273,15 @@ def test_a_publish_does_not_wait_for_a_lane_that_loads(monkeypatch):
   assert awaited() == ["rollout0"]
   arrival.finish()
   assert awaited() == ["rollout0", "rollout1"]
+
+
+def test_every_step_has_windows_of_its_own():
+  program, _, _ = program_of(assisting=False)
+  shape = STEPS, WORK.window, 5
+  starts = window_starts(SEED, 9, WORK.groups, shape)
+  drawn = np.array([program._of(step).start for step in range(9)])
+  np.testing.assert_array_equal(drawn, starts)
+  assert len(set(map(tuple, starts))) > 4
 
 
 @pytest.mark.parametrize(
