@@ -121,7 +121,7 @@ class Island:
     self._read = jax.jit(functools.partial(layers.as_read, dtypes=dtypes))
 
     self.decoder = self.reference = self._incoming = None
-    self._borrowed = self._lent = None
+    self._borrowed = self._lent = self.checkpoints = None
     if Kind.GENERATE in lane.kinds | lane.assists:
       self.decoder = jax.device_put(weights.decoder, replicated(mesh))
     if self.generates:
@@ -151,6 +151,7 @@ class Island:
     self._gradients: dict[int, Any] = {}
     self.total: Any = None
     self._kept: Any = None  # training state to go back to
+    self._unkept = ""  # why there is none
     self._added = 0
     self._functions = self._define()
     self._compiled: dict[tuple, Callable] = {}
@@ -347,20 +348,27 @@ class Island:
     self.state, metrics = self._run("update", self.state, gradient)
     return metrics
 
+  def holds(self) -> int | None:
+    """Version of the training state; None amid a step's updates."""
+    return self.state_version
+
   def keep(self) -> None:
     """Copies the training state to the host's memory, for `roll_back`.
 
-    Where there is no room for it nothing is kept, with a warning.
+    Where there is no room for it nothing is kept from then on, with a warning.
     """
     self._kept = None  # before there are two of them
+    if self._unkept:
+      return
     try:
       self._kept = _in_memory(self.state, "pinned_host")
     except (RuntimeError, ValueError) as error:
+      self._unkept = " ".join(str(error).split())
       _log.warning(
         "what is trained cannot be kept in the host's memory (%s): a failure "
         "between the updates of a step would go back to the last checkpoint; "
         "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB raises what XLA takes of it (64)",
-        " ".join(str(error).split()),
+        self._unkept,
       )
 
   def roll_back(self) -> None:
@@ -370,8 +378,9 @@ class Island:
       RuntimeError: there was no room to keep it.
     """
     if self._kept is None:
-      raise RuntimeError("no training state has been kept")
-    self.state = self.total = None
+      raise RuntimeError(f"there was no room to keep it: {self._unkept}")
+    self.state = self.total = self._block = None
+    self._gradients.clear()
     self.state = _in_memory(self._kept, "device")
 
   def outgoing(self, version: int) -> tuple[int, Parcel]:
@@ -420,7 +429,8 @@ class Island:
 
   def close(self) -> None:
     """Waits, and releases what writes checkpoints."""
-    self.checkpoints.close()
+    if self.checkpoints is not None:
+      self.checkpoints.close()
 
   # Compiling and calibrating.
 

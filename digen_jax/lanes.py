@@ -108,10 +108,9 @@ def lane_axes(config: Config) -> dict[str, dict[str, int]]:
       "CUDA_VISIBLE_DEVICES or TPU_VISIBLE_DEVICES; a cluster of Ray that is "
       "shared is named by RAY_ADDRESS"
     )
-  kinds = lane_gpus(config, axes)
   if hosts:
-    cluster.check_hosts(ray, counts, kinds)
-  elif any(kinds.values()):
+    cluster.check_hosts(ray, counts, lane_gpus(config, axes))
+  elif mesh.rollout_gpu or mesh.trainer_gpu:
     raise UserError(
       "config.mesh.rollout_gpu and config.mesh.trainer_gpu choose among the GPUs "
       "of a cluster: leave them empty where config.pipeline.lanes is 'local' or "

@@ -106,8 +106,8 @@ def _guarded(main: Callable[[], None]) -> None:
   try:
     main()
   except (UserError, UnitError, LaneLost) as error:
-    said = " ".join([_plain(error), *getattr(error, "__notes__", ())])
-    _fail(said, EXIT_BAD_INPUT if isinstance(error, UserError) else 1)
+    status = EXIT_BAD_INPUT if isinstance(error, UserError) else 1
+    _fail(_with_notes(error, _plain(error)), status)
   except KeyboardInterrupt:
     _fail(
       "interrupted: start the same command again; a run goes on from its last "
@@ -116,12 +116,18 @@ def _guarded(main: Callable[[], None]) -> None:
     )
   except OSError as error:
     said = _plain(error)
-    _fail(said if said != str(error) else f"{type(error).__name__}: {said}", 1)
+    if said == str(error):
+      said = f"{type(error).__name__}: {said}"
+    _fail(_with_notes(error, said), 1)
   except Exception as error:
     said = _plain(error)
     if said == str(error):
       raise
-    _fail(said, 1)
+    _fail(_with_notes(error, said), 1)
+
+
+def _with_notes(error: Exception, said: str) -> str:
+  return " ".join([said, *getattr(error, "__notes__", ())])
 
 
 FULL = "No space left on device"

@@ -351,18 +351,17 @@ def _describe(plan: Plan, prediction: Prediction) -> str:
     + (f"; MFU {mfu:.1%}" if mfu is not None else "")
     + f"); {format_seconds(whole)} for {plan.steps:,} steps"
   )
-  scoring, slots = (
-    prediction.scoring_seconds,
-    prediction.techniques.reward_slots,
-  )
-  if scoring > MOSTLY * prediction.step_seconds:
+  if plan.price:
+    cost = whole / 3600 * plan.devices * plan.price
+    text += f", {number(cost)} at {plan.price:g} a device hour"
+  scoring = prediction.scoring_seconds
+  slots = prediction.techniques.reward_slots
+  units = -(-plan.work.samples // split.generate_size)
+  if scoring > MOSTLY * prediction.step_seconds and units > slots:
     text += (
       f"; the rewards alone take {number(scoring)} s of a step: more "
       f"config.pipeline.reward_slots than {slots} would shorten it"
     )
-  if plan.price:
-    cost = whole / 3600 * plan.devices * plan.price
-    text += f", {number(cost)} at {plan.price:g} a device hour"
   return text
 
 

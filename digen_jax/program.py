@@ -7,6 +7,7 @@ and where; every action returns at once with a handle.
 
 import concurrent.futures
 import dataclasses
+import logging
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -29,6 +30,8 @@ from digen_jax.policy import Recipe
 from digen_jax.rewards.compose import Composite, Scores
 from digen_jax.samples import Samples, window_starts
 from digen_jax.types import Conditioning, TrainBatch
+
+_log = logging.getLogger(__name__)
 
 NOTHING: frozenset[int] = frozenset()
 KINDS = {"generate": Kind.GENERATE, "gradients": Kind.TRAIN}  # by method
@@ -118,13 +121,6 @@ class Program:
     self._updates: list[Pending] = []
     self.resharded_blocks = False
     sampling = config.sampling
-    # Now: asking a device later would wait for the units it has queued.
-    self._window_starts = window_starts(
-      config.seed,
-      config.steps,
-      work.groups,
-      (sampling.num_steps, work.window, sampling.window_first or None),
-    )
     self._step_weights = np.ones(sampling.num_steps, np.float32)
     if config.train.weight_by_noise:
       trained = sampling.window_first or sampling.num_steps - 1
@@ -162,13 +158,19 @@ class Program:
   def _of(self, step: int) -> Samples:
     """The samples of a step; of a new one its prompts and windows are drawn."""
     if step not in self._steps:
-      ids = self.stream.indices(step)
+      sampling, ids = self.config.sampling, self.stream.indices(step)
+      window = sampling.num_steps, self.work.window, sampling.window_first
       self._steps[step] = Samples(
         step,
         self.work,
         [self.stream.prompts[i] for i in ids],
         ids,
-        self._window_starts[step],
+        window_starts(
+          self.config.seed,
+          step,
+          self.work.groups,
+          (*window[:2], window[2] or None),
+        ),
         [reward.name for reward in self.reward.rewards],
       )
     return self._steps[step]
@@ -449,7 +451,8 @@ class Program:
     Returns:
       How many steps further than at its beginning the state then is: 0, or 1
       if all updates are done. None if it is lost: the only update of a step
-      has failed, for which nothing is kept.
+      has failed while it changed the state, or there was no room to keep the
+      state before several.
 
     Raises:
       LaneLost: the trainer has died.
@@ -464,14 +467,18 @@ class Program:
       norms = []
     if len(norms) == self.work.updates and np.isfinite(norms).all():
       return 1
-    if self._kept is None:  # what is not finite has changed nothing
-      return 0 if norms else None
+    trainer = self.links[self.team.trainer]
     try:
-      self._kept.result()
-      self.links[self.team.trainer].call("roll_back").result()
+      if self._kept is not None:
+        self._kept.result()
+        trainer.call("roll_back").result()
+      # What is not finite has changed nothing, nor has what never began.
+      elif not norms and trainer.call("holds").result() != self.samples.step:
+        return None
     except LaneLost:
       raise
-    except Exception:
+    except Exception as error:
+      _log.warning("the state before the step cannot be restored (%s)", error)
       return None
     return 0
 

@@ -1,5 +1,6 @@
 """The samples of a global step, and what becomes known of them."""
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -11,16 +12,27 @@ from digen_jax.grpo.windows import window_start
 from digen_jax.pipeline.units import Unit, Workload
 from digen_jax.rewards.compose import Scores
 
+BLOCK = 256  # steps
 WINDOW_STREAM = 0x57494E44  # noise is keyed by the step itself, far below
 
 
 def window_starts(
-  seed: int, steps: int, groups: int, window: tuple[int, int, int | None]
+  seed: int, step: int, groups: int, window: tuple[int, int, int | None]
 ) -> np.ndarray:
-  """First trained step of every group of a run: [steps, groups] int32.
+  """First trained step of every group: [groups] int32.
 
   Keyed by seed, step and group, in a stream apart from that of the noise.
+  Drawn for many steps at once: the device that is asked may have units queued.
   """
+  block, row = divmod(step, BLOCK)
+  return _drawn(seed, block * BLOCK, groups, window)[row]
+
+
+@functools.lru_cache(maxsize=4)
+def _drawn(
+  seed: int, first: int, groups: int, window: tuple[int, int, int | None]
+) -> np.ndarray:
+  """Those of `BLOCK` steps: [BLOCK, groups] int32."""
   stream = jax.random.fold_in(jax.random.key(seed), WINDOW_STREAM)
 
   def start(step: jax.Array, group: jax.Array) -> jax.Array:
@@ -28,8 +40,8 @@ def window_starts(
     return window_start(key, *window)
 
   rows = jax.vmap(jax.vmap(start, (None, 0)), (0, None))
-  numbers = (np.arange(n, dtype=np.uint32) for n in (steps, groups))
-  return np.asarray(jax.jit(rows)(*numbers))
+  steps = np.arange(first, first + BLOCK, dtype=np.uint32)
+  return np.asarray(jax.jit(rows)(steps, np.arange(groups, dtype=np.uint32)))
 
 
 class Samples:

@@ -21,6 +21,7 @@ ANSWERS = frozenset(
     "averaged",
     "generate",
     "gradients",
+    "holds",
     "interim",
     "latest",
     "measure",
@@ -63,7 +64,8 @@ class Served:
     """Result of a method, as NumPy arrays."""
     answers = method in ANSWERS
     if answers and self._failure is not None:
-      raise self._failure
+      failure, self._failure = self._failure, None
+      raise failure
     try:
       result = getattr(self.island, method)(*args)
       if answers:

@@ -7,7 +7,7 @@ import math
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from digen_jax.data.prompts import PromptStream, read_prompts
 from digen_jax.errors import LaneLost, UserError
 from digen_jax.evaluation import Evaluated, evaluate, select, setting
 from digen_jax.lanes import Team, check_lanes, divide, lane_axes, make_team
+from digen_jax.links import Link
 from digen_jax.media import check_video_writer
 from digen_jax.metrics import Progress, check_tracker
 from digen_jax.optimizer import make_schedule
@@ -47,7 +48,9 @@ REVIEW_EVERY = 20  # steps; then it is seen anew what pays of TCSS
 class Run:
   """A training run in a directory, ready to step."""
 
-  def __init__(self, config: Config, workdir: str | Path):
+  def __init__(
+    self, config: Config, workdir: str | Path, *, resume: bool = True
+  ):
     """Checks everything that shapes tell, encodes prompts, loads weights.
 
     Nothing is written before the checks, and of the run nothing but the
@@ -56,6 +59,8 @@ class Run:
     Args:
       config: the run.
       workdir: its directory; an earlier run in it is resumed.
+      resume: False where nothing is to be trained, and so nothing saved: the
+        hosts of lanes need not see `workdir` then.
 
     Raises:
       UserError: anything in the configuration or the files it names that
@@ -150,12 +155,7 @@ class Run:
     self._amid = self._failed = False
     self._pays = Pays(stale=True, assists=True)
     self._reviewed = -REVIEW_EVERY
-    self.trainer.call(
-      "open_checkpoints",
-      (self.workdir / "checkpoints").absolute(),
-      config.keep_checkpoints,
-    ).result()
-    self.step = self._resume()
+    self.step = self._resume() if resume else 0
 
   def _lock(self) -> None:
     """Keeps other processes out until the run is closed, or given up."""
@@ -229,6 +229,12 @@ class Run:
 
   def _resume(self) -> int:
     """Loads the newest checkpoint, if any: the step to go on with."""
+    _check_shared(self.team.links, self.workdir)
+    self.trainer.call(
+      "open_checkpoints",
+      (self.workdir / "checkpoints").absolute(),
+      self.config.keep_checkpoints,
+    ).result()
     found = self.trainer.call("latest").result()
     if found is None:
       return 0
@@ -301,8 +307,8 @@ class Run:
 
     Raises:
       UnitError: a unit failed; the state before the step has been saved, or
-        after it if all its updates were done. There is neither if a step has
-        one update and that is what failed.
+        after it if all its updates were done; see `Program.make_whole` for
+        when there is neither. A note of the error says which.
     """
     start = time.perf_counter()
     self.program.begin_step(self.step)
@@ -325,9 +331,13 @@ class Run:
   def rescue(self, error: Exception) -> None:
     """Saves what is whole of the training state; the error gets a note of it.
 
+    Does nothing the second time.
+
     Args:
       error: what ends the run.
     """
+    if self._failed:
+      return
     self._failed = True
     try:
       further = self.program.make_whole() if self._amid else 0
@@ -338,7 +348,8 @@ class Run:
     except LaneLost:  # the trainer: nothing is left to save
       return
     except Exception as also:
-      error.add_note(f"(the run's state could not be saved: {also})")
+      said = " ".join(str(also).split())
+      error.add_note(f"(the run's state could not be saved: {said})")
       return
     error.add_note(LOST if further is None else SAVED)
 
@@ -445,10 +456,10 @@ def _check_given(config: Config) -> None:
       raise UserError(f"config.{name} is not set: give {what}")
 
 
-def _check_shared(run: Run) -> None:
-  """Raises UserError where the host of a lane has another working directory."""
-  file = (run.workdir / run_files.LOCK).absolute()
-  for lane, link in run.team.links.items():
+def _check_shared(links: Mapping[str, Link], workdir: Path) -> None:
+  """Raises UserError where the host of a lane has another `workdir`."""
+  file = (workdir / run_files.LOCK).absolute()
+  for lane, link in links.items():
     if not link.call("sees", file).result():
       raise UserError(
         f"the host of lane {lane!r} does not see {file.parent}: put --workdir on "
@@ -465,6 +476,17 @@ def _check_stale(config: Config, work: Workload) -> None:
       "units of a step is less than one: raise it, set 0, or make more units "
       "(config.pipeline.generate_size)"
     )
+
+
+@contextlib.contextmanager
+def _rescued(run: Run) -> Iterator[None]:
+  """Whatever ends the run, what it has trained is saved."""
+  try:
+    yield
+  except Exception as error:
+    if run.step:  # else nothing has been trained
+      run.rescue(error)
+    raise
 
 
 @contextlib.contextmanager
@@ -520,11 +542,11 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
   # for though nobody reads the progress.
   with contextlib.ExitStack() as open_things:
     open_things.enter_context(_closed(run.close))
-    _check_shared(run)
     files = run_files.RunFiles(run.workdir, config, run.hardware, run.step)
     open_things.enter_context(_closed(files.close))
     progress = Progress(config.steps, run.step, rewards=files.rewards)
     open_things.enter_context(_closed(progress.close))
+    open_things.enter_context(_rescued(run))
     ends = run.step in (0, config.steps)
     wanted = ends or _due(run.step, config.eval_every)
     # A kill came before it, or what it depends on is another now.
@@ -554,12 +576,7 @@ def train(config: Config, workdir: str | Path) -> dict[str, Any]:
 
 def _evaluate(run: Run, files: run_files.RunFiles, progress: Progress) -> None:
   """Evaluates; the report then shows the run up to here."""
-  try:
-    result = run.evaluate()
-  except Exception as error:
-    if run.step:  # else there is nothing that could be lost
-      run.rescue(error)
-    raise
+  result = run.evaluate()
   files.evaluated(result)
   write_report(run.workdir)
   progress.message(

@@ -135,7 +135,7 @@ def _measured(config):  # noqa: ANN001, ANN202
 
   start_run_devices(config)
   with tempfile.TemporaryDirectory() as workdir:
-    run = training.Run(config, workdir)
+    run = training.Run(config, workdir, resume=False)
     measured = run.measure()
     run.close()
   hardware = run.hardware

@@ -202,21 +202,21 @@ def test_a_reward_that_fails_later_leaves_a_checkpoint(prompts_file, tmp_path):
 
 
 @pytest.mark.parametrize(
-  ("updates", "kind", "number", "kept"),
+  ("updates", "kind", "number", "devices", "kept"),
   [
-    (2, Kind.TRAIN, 0, 0),
-    (2, Kind.TRAIN, 1, 0),
-    (2, Kind.UPDATE, 1, 0),
-    (2, Kind.PUBLISH, 0, 1),
-    (1, Kind.UPDATE, 0, None),
+    (2, Kind.TRAIN, 0, 1, 0),
+    (2, Kind.TRAIN, 1, 3, 0),
+    (2, Kind.UPDATE, 1, 2, 0),
+    (2, Kind.PUBLISH, 0, 1, 1),
+    (1, Kind.UPDATE, 0, 1, None),
   ],
 )
 def test_a_failure_loses_no_step_that_was_whole(
-  updates, kind, number, kept, prompts_file, tmp_path
+  updates, kind, number, devices, kept, prompts_file, tmp_path
 ):
   config = small_config(prompts_file)
   config.train.updates_per_batch = updates
-  config.mesh.rollout, config.mesh.trainer = 1, 1
+  config.mesh.rollout, config.mesh.trainer = 1, devices
   config = from_config_dict(config)
   job = training.Run(config, tmp_path)
   job.train_one_step()  # no checkpoint: that of the failure is the first
@@ -226,7 +226,7 @@ def test_a_failure_loses_no_step_that_was_whole(
   def broken(lane, unit):
     if unit.update == number:
       down = mock.Mock(side_effect=RuntimeError("the network is down"))
-      for method in ("gradients", "update", "outgoing"):
+      for method in ("_run", "outgoing"):
         setattr(job.trainer.island, method, down)
     return start(lane, unit)
 
@@ -266,6 +266,8 @@ def test_a_state_that_cannot_be_saved_does_not_hide_what_failed(
     job.train_one_step()
   (note,) = told.value.__notes__
   assert "could not be saved: no space left" in note
+  job.rescue(told.value)  # has been done
+  assert told.value.__notes__ == [note]
   job.close()
 
 
@@ -277,7 +279,8 @@ def test_a_host_without_room_for_a_copy_still_trains(
   job = training.Run(from_config_dict(config), tmp_path)
   room = mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED:\n host"))
   monkeypatch.setattr(island, "_in_memory", room)
-  job.train_one_step()
+  for _ in range(2):
+    job.train_one_step()
   assert room.call_count == 1
   (line,) = [r.getMessage() for r in caplog.records if "XLA_PJRT" in r.msg]
   assert "(RESOURCE_EXHAUSTED: host)" in line and "\n" not in line
@@ -309,6 +312,17 @@ def test_a_working_directory_that_hosts_do_not_share(
   with pytest.raises(UserError, match=r"lane 'rollout' does not see .*share"):
     training.train(from_config_dict(config), tmp_path / "run")
   assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+def test_a_run_that_is_only_measured_opens_no_checkpoints(
+  prompts_file, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(island.Island, "sees", lambda *_: False)
+  config = from_config_dict(small_config(prompts_file))
+  job = training.Run(config, tmp_path, resume=False)
+  assert job.step == 0
+  job.close()
+  assert not (tmp_path / "checkpoints").exists()
 
 
 @pytest.mark.parametrize("split", [1, "auto"])

@@ -93,6 +93,8 @@ TWO_KINDS = (
     (4, 100, 8, "", "takes a kind of GPU such as 'H100'.* got 100"),
     (4, "A100", 8, "", "kind 'A100' for the rollout lane, .* has H100, L4"),
     (6, "L4", 8, "", "rollout lane 6 L4 GPUs, and no host .* more than 4"),
+    (4, "L4", "colocated", "H100", "set config.mesh.trainer_gpu alone"),
+    (4, "", "colocated", "H100", ["H100"]),
     (4, "H100", 8, "H100", "asks for 12 H100 GPUs, but the cluster has 8"),
   ],
 )
@@ -109,6 +111,8 @@ def test_lanes_are_given_the_kind_of_gpu_that_is_asked_for(
   monkeypatch.setattr(cluster, "start", lambda: ray)
   config = small_config(prompts_file)
   config.pipeline.lanes = "ray"
+  if trainer == "colocated":
+    config.pipeline.mode, trainer = trainer, 4
   config.mesh.rollout, config.mesh.trainer = rollout, trainer
   config.mesh.rollout_gpu, config.mesh.trainer_gpu = rollout_gpu, trainer_gpu
   config = from_config_dict(config)
@@ -131,7 +135,7 @@ def test_lanes_are_given_the_kind_of_gpu_that_is_asked_for(
   [
     ("local", "disaggregated", "choose among the GPUs of a cluster"),
     ("ray", "disaggregated", "choose among the GPUs of a cluster"),
-    ("local", "colocated", "set config.mesh.trainer_gpu alone"),
+    ("local", "colocated", "choose among the GPUs of a cluster"),
   ],
 )
 def test_kinds_of_gpu_that_mean_nothing_are_refused(
@@ -314,6 +318,7 @@ def test_a_failure_is_told_once_where_somebody_listens(monkeypatch):
     served.call("add", 3)  # nobody waits for it ...
   with pytest.raises(ValueError, match="no room for 3"):
     served.call("update", 1)  # ... so this one tells
+  assert "grad_norm" in served.call("update", 0)
   served = serving.Served(FakeIsland())
   for call in (("generate",), ("switch", "amiss")):  # both are waited for
     with pytest.raises(ZeroDivisionError):

@@ -61,6 +61,9 @@ def test_what_went_wrong_is_told_in_a_line(error, status, words, ended):
   def main():
     raise error
 
+  if isinstance(error, Exception):
+    error.add_note("(what was trained is saved)")
+    words += r".*\(what was trained is saved\)$"
   with pytest.raises(Ended):
     launching._guarded(main)
   ((message, found),) = ended

@@ -278,7 +278,7 @@ def test_a_publish_does_not_wait_for_a_lane_that_loads(monkeypatch):
 def test_every_step_has_windows_of_its_own():
   program, _, _ = program_of(assisting=False)
   shape = STEPS, WORK.window, 5
-  starts = window_starts(SEED, 9, WORK.groups, shape)
+  starts = [window_starts(SEED, i, WORK.groups, shape) for i in range(9)]
   drawn = np.array([program._of(step).start for step in range(9)])
   np.testing.assert_array_equal(drawn, starts)
   assert len(set(map(tuple, starts))) > 4
@@ -335,17 +335,23 @@ def test_a_step_of_a_trainer_that_is_gone_is_not_whole():
     program.make_whole()
 
 
-@pytest.mark.parametrize(("updates", "whole"), [(1, None), (2, 0)])
-def test_an_update_that_cannot_even_begin(updates, whole):
+@pytest.mark.parametrize(
+  ("updates", "holds", "whole"), [(1, None, None), (1, 2, 0), (2, None, 0)]
+)
+def test_an_update_that_cannot_even_begin(updates, holds, whole):
   program, _, _ = program_of(assisting=False)
   program.work = dataclasses.replace(program.work, updates=updates)
+  trainer = program.links["trainer"]
   program.begin_step(2)
   program._summed = len(program._order)
-  broken = mock.Mock(side_effect=RuntimeError("RESOURCE_EXHAUSTED"))
-  program.links = {
-    **program.links,
-    "trainer": types.SimpleNamespace(call=broken),
-  }
+
+  def call(method, *args):
+    if method == "update":
+      raise RuntimeError("RESOURCE_EXHAUSTED")
+    return Done(holds) if method == "holds" else trainer.call(method, *args)
+
+  link = types.SimpleNamespace(call=call)
+  program.links = {**program.links, "trainer": link}
   with pytest.raises(RuntimeError):
     program.update("trainer", Unit(Kind.UPDATE, 2))
   assert program.make_whole() == whole

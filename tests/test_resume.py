@@ -126,24 +126,28 @@ def test_a_failed_evaluation_loses_nothing(stopped, tmp_path, monkeypatch):
   assert [row["step"] for row in rows] == [0, 2, 3]
 
 
-def test_a_failed_evaluation_amid_a_run_loses_nothing(
-  prompts_file, tmp_path, monkeypatch
+@pytest.mark.parametrize(
+  ("owner", "name"), [(training.Run, "evaluate"), (training, "write_report")]
+)
+def test_what_fails_after_a_step_loses_nothing(
+  owner, name, prompts_file, tmp_path, monkeypatch
 ):
   config = small_config(prompts_file)
   config.eval_every, config.checkpoint_every = 2, 0
   config = from_config_dict(config)
-  evaluate = training.Run.evaluate
+  called = getattr(owner, name)
+  calls = []
 
   def down(run):
-    if run.step == 2:
-      raise UserError("the reward server is down")
-    return evaluate(run)
+    calls.append(run)
+    if len(calls) == 2:  # after two steps
+      raise UserError("the server is down")
+    return called(run)
 
-  monkeypatch.setattr(training.Run, "evaluate", down)
+  monkeypatch.setattr(owner, name, down)
   with pytest.raises(UserError, match="server is down") as told:
     training.train(config, tmp_path)
   assert told.value.__notes__ == [training.SAVED]
-  monkeypatch.setattr(training.Run, "evaluate", evaluate)
   training.train(config, tmp_path)
   assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
     0,

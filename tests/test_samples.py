@@ -1,12 +1,14 @@
 """The samples of a step: which advantages are known when."""
 
+import jax
 import numpy as np
 import pytest
 
 from digen_jax.config import Advantage
+from digen_jax.grpo.windows import window_start
 from digen_jax.pipeline.units import Kind, Unit, Workload
 from digen_jax.rewards.compose import Scores
-from digen_jax.samples import Samples, window_starts
+from digen_jax.samples import BLOCK, WINDOW_STREAM, Samples, window_starts
 
 
 def samples(scope="group"):
@@ -52,9 +54,17 @@ def test_a_global_scope_waits_for_every_group():
 
 def test_windows_are_drawn_by_seed_step_and_group():
   window = (10, 2, 9)
-  first = window_starts(0, 6, 64, window)
-  np.testing.assert_array_equal(first[:5, :8], window_starts(0, 5, 8, window))
-  assert (first[4] != first[5]).any()
-  assert (first != window_starts(1, 6, 64, window)).any()
+  first = window_starts(0, 5, 64, window)
+  np.testing.assert_array_equal(first, window_starts(0, 5, 64, window))
+  np.testing.assert_array_equal(first[:8], window_starts(0, 5, 8, window))
+  for step in (6, BLOCK + 5):
+    assert (first != window_starts(0, step, 64, window)).any()
+  assert (first != window_starts(1, 5, 64, window)).any()
+  # As each is defined, whichever others are drawn with it.
+  key = jax.random.fold_in(jax.random.key(0), WINDOW_STREAM)
+  for step, group in ((5, 3), (2 * BLOCK + 7, 11)):
+    one = jax.random.fold_in(jax.random.fold_in(key, step), group)
+    drawn = window_starts(0, step, 64, window)[group]
+    assert drawn == window_start(one, *window)
   assert first.min() == 0
   assert first.max() == 7
