@@ -320,12 +320,12 @@ class Run:
     except UnitError as error:
       self.rescue(error)
       raise
-    self._amid = False
     end = time.perf_counter()
     self._ahead = state if state.ahead is not None else None
     row = self._metrics(spans, start, end)
     row["predicted_step_seconds"] = predicted
     self.step += 1
+    self._amid = False
     return row, spans
 
   def rescue(self, error: Exception) -> None:

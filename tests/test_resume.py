@@ -127,10 +127,15 @@ def test_a_failed_evaluation_loses_nothing(stopped, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-  ("owner", "name"), [(training.Run, "evaluate"), (training, "write_report")]
+  ("owner", "name", "lines"),
+  [
+    (training.Run, "evaluate", [0, 1, 2]),
+    (training, "write_report", [0, 1, 2]),
+    (training.Run, "_metrics", [0, 2]),  # trained, but of no line
+  ],
 )
 def test_what_fails_after_a_step_loses_nothing(
-  owner, name, prompts_file, tmp_path, monkeypatch
+  owner, name, lines, prompts_file, tmp_path, monkeypatch
 ):
   config = small_config(prompts_file)
   config.eval_every, config.checkpoint_every = 2, 0
@@ -138,22 +143,19 @@ def test_what_fails_after_a_step_loses_nothing(
   called = getattr(owner, name)
   calls = []
 
-  def down(run):
-    calls.append(run)
+  def down(*args):
+    calls.append(args)
     if len(calls) == 2:  # after two steps
       raise UserError("the server is down")
-    return called(run)
+    return called(*args)
 
   monkeypatch.setattr(owner, name, down)
   with pytest.raises(UserError, match="server is down") as told:
     training.train(config, tmp_path)
   assert told.value.__notes__ == [training.SAVED]
   training.train(config, tmp_path)
-  assert [r["step"] for r in read_metrics(tmp_path / "metrics.jsonl")] == [
-    0,
-    1,
-    2,
-  ]
+  rows = read_metrics(tmp_path / "metrics.jsonl")
+  assert [row["step"] for row in rows] == lines
   rows = json.loads((tmp_path / "evaluation.json").read_text())
   assert [row["step"] for row in rows] == [0, 2, 3]
 
