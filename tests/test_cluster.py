@@ -19,6 +19,7 @@ from digen_jax.island import Island
 from digen_jax.lanes import lane_axes, lane_gpus
 from digen_jax.links import Hardware
 from digen_jax.pipeline.execute import UnitError
+from digen_jax.pipeline.units import Kind
 from tests.small_run import distance, small_config
 
 
@@ -407,6 +408,39 @@ def test_a_dead_actor_ends_the_run_in_one_line(victim, prompts_file, tmp_path):
   again = training.Run(from_config_dict(config), tmp_path)
   # The trainer was there to save the state before the step, or was not.
   assert again.step == (1 if victim == "rollout" else 0)
+  again.close()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("default")
+def test_actors_go_back_to_the_state_before_a_failed_step(
+  prompts_file, tmp_path
+):
+  config = small_config(prompts_file)
+  config.pipeline.lanes = "ray"
+  config.train.updates_per_batch = 2
+  config.devices, config.mesh.trainer = 3, 2
+  run = training.Run(from_config_dict(config), tmp_path)
+  run.train_one_step()
+
+  def state(run):
+    return run.trainer.apply(lambda i: jax.device_get(i.state)).result()
+
+  before, start = state(run), run.executor._starts[Kind.TRAIN]
+
+  def broken(lane, unit):
+    if unit.update == 1:
+      raise ValueError("nobody there")
+    return start(lane, unit)
+
+  run.executor._starts = run.executor._starts | {Kind.TRAIN: broken}
+  with pytest.raises(UnitError, match="nobody there") as told:
+    run.train_one_step()
+  assert told.value.__notes__ == [training.SAVED]
+  run.close()
+  again = training.Run(from_config_dict(config), tmp_path)
+  assert again.step == 1
+  jax.tree.map(np.testing.assert_array_equal, state(again), before)
   again.close()
 
 
