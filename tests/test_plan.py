@@ -340,6 +340,17 @@ def test_a_plan_for_thousands_of_devices(monkeypatch):
   assert "the rewards alone" not in planning._describe(plan, plan.configured)
 
 
+def test_threads_that_would_have_nothing_to_do_are_not_advised():
+  """A unit of a step for each of the four: they take as long as one does."""
+  table = dataclasses.replace(TABLE, score=Rate(900.0))
+  for size, said in ((8, False), (4, True)):
+    config = small_config(generate_size=size)
+    work = Workload(4, 8, 8, generate_size=size, train_size=8, pack=8)
+    plan = planning.make_plan(config, work, Basis(table), 8)
+    text = planning._describe(plan, plan.configured)
+    assert ("the rewards alone take" in text) == said
+
+
 def test_lanes_that_differ_are_among_the_best():
   """Where the five cannot be divided evenly, and a unit fills no lane."""
   mesh = {"rollout": [1, 4], "trainer": 3}
